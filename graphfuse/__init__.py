@@ -1,0 +1,34 @@
+"""A `torch.compile` backend that rewrites model graphs to hand-written Triton kernels, and reports what it did."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graphfuse.errors import ConfigError, GraphfuseError, GraphfuseWarning
+from graphfuse.reporting import Report, Site
+
+if TYPE_CHECKING:
+    from graphfuse.api import last_report, optimize, report
+
+__all__ = [
+    "ConfigError",
+    "GraphfuseError",
+    "GraphfuseWarning",
+    "Report",
+    "Site",
+    "last_report",
+    "optimize",
+    "report",
+]
+
+_LAZY = ("last_report", "optimize", "report")
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch's compiler takes seconds, and TORCH_LOGS=graphfuse imports this package while torch itself is
+    # still being imported.
+    if name in _LAZY:
+        from graphfuse import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'graphfuse' has no attribute {name!r}")

@@ -1,0 +1,83 @@
+"""What users call: `optimize`, `report`, `last_report`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from graphfuse import record
+from graphfuse.backend import Backend, pattern_names
+from graphfuse.config import Config
+from graphfuse.reporting import Report
+
+Compilable = TypeVar("Compilable", bound=Callable[..., Any])
+
+
+def optimize(
+    model: Compilable,
+    *,
+    inner: str = "inductor",
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    mode: str | None = None,
+    patterns: Iterable[str] | None = None,
+    strict: bool = False,
+    **inner_options: Any,
+) -> Compilable:
+    """Compile `model` with graphfuse.
+
+    Args:
+        model: an `nn.Module`, compiled in place: class, `isinstance` and `state_dict` keys stay; or a function.
+        inner: backend for the rewritten graph: "inductor", "aot_eager", "eager" or any that torch knows.
+        dynamic: as in `torch.compile`.
+        fullgraph: as in `torch.compile`.
+        mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
+        patterns: names of the patterns to use; all of them if `None`.
+        strict: raise what goes wrong inside graphfuse instead of warning and compiling the graph as it was.
+        inner_options: options for Inductor, by the names of `torch._inductor.config`.
+
+    Returns:
+        The same module, or the compiled function.
+
+    Raises:
+        ConfigError: an unknown option, inner backend or pattern; the message lists the valid ones.
+        TypeError: `model` is not callable.
+    """
+    if not callable(model):
+        raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
+    options: dict[str, Any] = {"inner": inner, "patterns": patterns, "strict": strict, "mode": mode, **inner_options}
+    config = Config.parse(options, pattern_names())
+    if isinstance(model, nn.Module):
+        options["patterns"] = config.patterns
+        model.compile(backend="graphfuse", dynamic=dynamic, fullgraph=fullgraph, options=options)
+        return model
+    backend = Backend(config)
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    compiled.__graphfuse_backend__ = backend  # type: ignore[attr-defined]
+    return compiled
+
+
+def report(model: Callable[..., Any]) -> Report:
+    """The report over every graph that `model` was compiled into so far.
+
+    Args:
+        model: a module, however it was compiled with graphfuse (itself, a part of it, a wrapper around it), or a
+            function that `optimize` returned.
+
+    Raises:
+        TypeError: a function that did not come from `optimize`; use `last_report` after calling it.
+    """
+    if isinstance(model, nn.Module):
+        return record.report_of(model)
+    backend = getattr(model, "__graphfuse_backend__", None)
+    if backend is None:
+        raise TypeError(f"model: expected a module or what optimize() returned, got {type(model).__name__}")
+    return record.report_of_owner(backend)
+
+
+def last_report() -> Report:
+    """The report of the model or function that was compiled last."""
+    return record.last()

@@ -1,0 +1,155 @@
+"""The `torch.compile` backend: shadow, match, certify, rewrite, hand on.
+
+Nothing here may make a model fail that ran without it. Whatever goes wrong before the inner backend is called leaves
+the graph as it was, one warning and a line in the report.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import TorchDynamoException
+
+from graphfuse.config import Config
+from graphfuse.errors import GraphfuseError, GraphfuseWarning
+from graphfuse.inner import compile_inner
+from graphfuse.match import Match, Pattern, Refusal
+from graphfuse.patterns import CATALOGUE
+from graphfuse.record import GraphRecord, keep
+from graphfuse.rewrite import rewrite
+from graphfuse.shadow import Shadow, Value, bodies_of, record
+
+log = logging.getLogger("graphfuse")
+
+
+def graphfuse(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **_: Any,
+) -> Callable[..., Any]:
+    """What `torch.compile(model, backend="graphfuse", options={...})` calls with every graph.
+
+    Args:
+        graph_module: Dynamo's graph.
+        example_inputs: its inputs, as Dynamo hands them over.
+        mode: Inductor's mode.
+        options: see `graphfuse.config.Config`; unknown names that are Inductor's go to Inductor.
+
+    Returns:
+        The compiled graph, with the calling convention of `graph_module.forward`.
+
+    Raises:
+        ConfigError: an unknown option, inner backend or pattern.
+    """
+    settings = dict(options or {})
+    if mode is not None:
+        settings.setdefault("mode", mode)
+    return compile_graph(graph_module, example_inputs, Config.parse(settings, pattern_names()))
+
+
+class Backend:
+    """The backend with its options bound, for functions: the graphs that it compiles are its own."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def __call__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        return compile_graph(graph_module, example_inputs, self.config, owner=self)
+
+
+def pattern_names() -> list[str]:
+    """The names in the catalogue, in its order."""
+    return [pattern.name for pattern in CATALOGUE]
+
+
+def compile_graph(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, owner: object = None
+) -> Callable[..., Any]:
+    """Rewrite one graph and compile it; if that fails, compile it as it was."""
+    graph_record = GraphRecord(example_inputs, owner)
+    keep(graph_record)
+    original = _duplicate(graph_module)
+    try:
+        rewrite_graph(graph_module, example_inputs, config, graph_record)
+    except Exception as error:
+        if config.strict:
+            raise
+        _fall_back("rewriting", error, graph_record)
+        return compile_inner(original, example_inputs, config)
+    if not any(site.status == "rewritten" for site in graph_record.sites):
+        return compile_inner(graph_module, example_inputs, config)
+    try:
+        return compile_inner(graph_module, example_inputs, config)
+    except (TorchDynamoException, GraphfuseError):
+        raise  # Dynamo steers itself with exceptions
+    except Exception as error:
+        if config.strict:
+            raise
+        compiled = compile_inner(original, example_inputs, config)  # fails too if it is not our doing
+        _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
+        return compiled
+
+
+def _fall_back(stage: str, error: Exception, graph_record: GraphRecord) -> None:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    note = f"{stage}: expected no error, got {type(error).__name__}: {first_line}; the graph was compiled as it was"
+    graph_record.sites.clear()
+    graph_record.notes.append(note)
+    log.info("%s", note, exc_info=error)
+    warnings.warn(f"graphfuse: {note}", GraphfuseWarning, stacklevel=2)
+
+
+def rewrite_graph(
+    graph_module: fx.GraphModule, example_inputs: Iterable[Any], config: Config, graph_record: GraphRecord
+) -> None:
+    """Rewrite `graph_module` in place, bodies of checkpoints included."""
+    chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
+    _rewrite_shadow(record(graph_module, example_inputs), chosen, graph_record)
+    counts = {status: sum(s.status == status for s in graph_record.sites) for status in ("rewritten", "refused")}
+    log.info("[%s] %d sites rewritten, %d refused", graph_record.graph, counts["rewritten"], counts["refused"])
+
+
+def _rewrite_shadow(shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord) -> None:
+    taken: set[Value] = set()  # values that a rewritten region has made disappear
+    for pattern in patterns:
+        for found in list(pattern.find(shadow)):
+            if isinstance(found, Refusal):
+                graph_record.add(found)
+                continue
+            region = shadow.cone(found.outputs, found.inputs)
+            if taken.isdisjoint(region):
+                refusal = rewrite(found, shadow)
+                graph_record.add(refusal or found)
+                if refusal is None:
+                    taken.update(region)
+    shadow.graph_module.graph.lint()
+    shadow.graph_module.recompile()
+    for body in shadow.bodies:
+        _rewrite_shadow(body, patterns, graph_record)
+
+
+def _duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graphs, nested ones included, can be compiled after the original was changed."""
+    graph = copy.deepcopy(graph_module.graph)
+    twin = fx.GraphModule(graph_module, graph)
+    twin.meta = dict(graph_module.meta)
+    for node, other in zip(graph_module.graph.nodes, graph.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd reads parameters' origins off the placeholders
+            other._dynamo_source = node._dynamo_source
+        for name in bodies_of(node):
+            body = graph_module.get_submodule(name)
+            if isinstance(body, fx.GraphModule):
+                twin.set_submodule(name, _duplicate(body))
+    return twin
+
+
+__all__ = ["Backend", "Match", "compile_graph", "graphfuse", "pattern_names", "rewrite_graph"]

@@ -1,0 +1,242 @@
+"""The proof that comes before every rewrite: region and replacement on the same random numbers.
+
+Two questions are asked, of outputs and of gradients:
+
+- in float64, on the CPU: are they the same function?
+- in the graph's own dtypes, on its own device, and so with the kernel that will run: is the replacement at least as
+  close to the float64 result as the region itself is?
+
+Random numbers settle the first for the analytic functions that regions are made of. Rows of the input have different
+scales, so that an eps in the wrong place shows. Equal regions share one proof: 32 equal layers cost as much as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from graphfuse.evaluate import CannotEvaluate, evaluate, exact_dtype, fingerprint, roots, small_sizes
+from graphfuse.match import Match
+from graphfuse.shadow import Shadow, Value
+
+EXACT = 1e-9  # relative difference in float64 that still counts as the same function
+NO_WORSE = 1.1  # error of the replacement, over that of the region
+FEW = 64  # elements, below which an error is compared with the rounding of the dtype instead
+ROWS = (1.0, 1e-3, 30.0)  # scales of successive rows of an input
+
+_proved: dict[Any, str | None] = {}
+
+
+def certify(match: Match, shadow: Shadow) -> str | None:
+    """Why `match` must not be rewritten, or `None` if its replacement is proved.
+
+    Proofs are kept for the life of the process, under everything that they depend on.
+    """
+    region = shadow.cone(match.outputs, match.inputs)
+    prefix, leaves = _lead_in(match, shadow)
+    ends = [*leaves, *prefix, *region]
+    key = (
+        match.replacement,
+        str(sorted(match.params.items())),
+        fingerprint([*prefix, *region], leaves),
+        tuple(ends.index(value) for value in (*match.inputs, *match.outputs)),
+        str(match.anchor.tensor.device),
+    )
+    if key not in _proved:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            for device_type in ("cpu", "cuda"):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            stack.enter_context(torch.inference_mode(False))
+            _proved[key] = _Proof(match, region, prefix, leaves).run()
+    return _proved[key]
+
+
+def forget() -> None:
+    """Drop all proofs (after a kernel was changed in place, as tests do)."""
+    _proved.clear()
+
+
+def _lead_in(match: Match, shadow: Shadow) -> tuple[list[Value], list[Value]]:
+    """What rearranges the leaves into the inputs, and those leaves.
+
+    Starting above the views makes the inputs of the proof as strided as those of the graph, and keeps sizes that
+    belong together (a flattened batch and its labels) together.
+    """
+    leaves: list[Value] = []
+    for value in match.inputs:
+        root = roots(value)[-1]
+        if root not in leaves:
+            leaves.append(root)
+    prefix = shadow.cone(match.inputs, leaves)
+    return prefix, leaves
+
+
+class _Proof:
+    """One region and one replacement, run side by side."""
+
+    def __init__(
+        self, match: Match, region: list[Value], prefix: list[Value], leaves: list[Value]
+    ) -> None:
+        self.match, self.region, self.prefix, self.leaves = match, region, prefix, leaves
+        self.sizes = self._sizes()
+
+    def _sizes(self) -> dict[int, int]:
+        free: set[int] = set(self.match.scalable)
+        for leaf in self.leaves:
+            if leaf.tensor.dim() > 1 and leaf.shape[-1] not in self.match.scalable:
+                free.update(leaf.shape[:-1])
+            else:
+                free.update(size for size in leaf.shape if size in self.match.scalable)
+            if not leaf.dtype.is_floating_point:
+                free.update(leaf.shape)
+        later = {size for value in self.prefix for size in value.shape[:-1]}
+        for size in list(free):  # a flattened batch: its factors appear further on
+            free.update(s for s in later if size % s == 0 and size // s in later)
+        return small_sizes(free)
+
+    def _small(self, leaf: Value) -> tuple[int, ...]:
+        shape = leaf.shape
+        whole = not leaf.dtype.is_floating_point or (shape and shape[-1] in self.match.scalable)
+        last = len(shape) if whole else len(shape) - 1
+        return tuple(self.sizes.get(s, s) if k < last else s for k, s in enumerate(shape))
+
+    def run(self) -> str | None:
+        try:
+            return self._run()
+        except CannotEvaluate as error:
+            return f"certify: {error}"
+
+    def _run(self) -> str | None:
+        device = self.match.anchor.tensor.device
+        if device.type not in ("cpu", "cuda"):
+            device = torch.device("cpu")
+        drawn = self._draw()
+        same = self._compare_exact(drawn)
+        if same is not None:
+            return same
+        if all(not leaf.dtype.is_floating_point or leaf.dtype == torch.float64 for leaf in self.leaves):
+            return None
+        return self._compare_real(drawn, device)
+
+    def _draw(self) -> list[Tensor]:
+        """One tensor for each leaf, in its own dtype, on the CPU."""
+        generator = torch.Generator().manual_seed(0)
+        cpu = torch.device("cpu")
+        drawn = []
+        samplers = {roots(self.match.inputs[i])[-1]: s for i, s in self.match.samplers.items()}
+        for leaf in self.leaves:
+            shape = self._small(leaf)
+            if leaf in samplers:
+                small = samplers[leaf](shape, leaf.dtype, cpu, generator)
+            elif leaf.dtype.is_complex or leaf.dtype.is_floating_point:
+                small = torch.randn(shape, generator=generator, dtype=exact_dtype(leaf.dtype)).to(leaf.dtype)
+                if small.dim() > 1:  # successive rows at different scales
+                    rows = torch.tensor(ROWS, dtype=small.dtype)
+                    count = small[..., 0].numel()
+                    scale = rows.repeat(-(-count // len(ROWS)))[:count].view(*small.shape[:-1], 1)
+                    small = small * scale
+            else:
+                raise CannotEvaluate(f"{leaf.node.name}: expected a floating dtype, got {leaf.dtype}")
+            drawn.append(small)
+        return drawn
+
+    def _both(
+        self, drawn: Sequence[Tensor], *, exact: bool, device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and gradients of the region, then those of the replacement."""
+        def once(run: Callable[[dict[Value, Tensor]], Sequence[Tensor]]) -> list[Tensor]:
+            starts = []
+            for leaf, tensor in zip(self.leaves, drawn, strict=True):
+                dtype = exact_dtype(tensor.dtype) if exact else tensor.dtype
+                start = tensor.to(device=device, dtype=dtype, copy=True)
+                starts.append(start.requires_grad_(leaf.tensor.requires_grad))
+            known = dict(zip(self.leaves, starts, strict=True))
+            known = evaluate(self.prefix, known, exact=exact, device=device, sizes=self.sizes)
+            outputs = list(run(known))
+            wanted = [start for start in starts if start.requires_grad]
+            ends = [(o, v) for o, v in zip(outputs, self.match.outputs, strict=True) if o.requires_grad]
+            results = [o.detach() for o in outputs]
+            if not wanted or not ends:
+                return results
+            generator = torch.Generator().manual_seed(1)
+            upstream = [torch.randn(o.shape, generator=generator).to(v.dtype).to(o) for o, v in ends]
+            grads = torch.autograd.grad([o for o, _ in ends], wanted, upstream, allow_unused=True)
+            return results + [
+                torch.zeros_like(s) if g is None else g for g, s in zip(grads, wanted, strict=True)
+            ]
+
+        def region(known: dict[Value, Tensor]) -> Sequence[Tensor]:
+            results = evaluate(self.region, known, exact=exact, device=device, sizes=self.sizes)
+            return [results[v] for v in self.match.outputs]
+
+        def replacement(known: dict[Value, Tensor]) -> Sequence[Tensor]:
+            params = dict(self.match.params)
+            if exact:
+                params = {k: exact_dtype(p) if isinstance(p, torch.dtype) else p for k, p in params.items()}
+            result = self.match.replacement(*(known[v] for v in self.match.inputs), **params)
+            return result if isinstance(result, (tuple, list)) else [result]
+
+        grad_mode = all(v.grad_mode for v in self.match.outputs)
+        with torch.set_grad_enabled(grad_mode):
+            return once(region), once(replacement)
+
+    def _coarsest(self) -> float:
+        """The rounding of the least precise floating dtype in the region, with room for some of them."""
+        dtypes = {v.dtype for v in [*self.leaves, *self.region] if v.dtype.is_floating_point}
+        return 2.0 * max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def _names(self, count: int) -> list[str]:
+        outputs = len(self.match.outputs)
+        return ["output" if k < outputs else "gradient" for k in range(count)]
+
+    def _compare_exact(self, drawn: Sequence[Tensor]) -> str | None:
+        theirs, ours = self._both(drawn, exact=True, device=torch.device("cpu"))
+        if len(theirs) != len(ours):
+            return f"certify: expected {len(theirs)} outputs and gradients, got {len(ours)}"
+        for name, a, b in zip(self._names(len(theirs)), theirs, ours, strict=True):
+            if a.shape != b.shape:
+                return f"certify: expected {name} of shape {tuple(a.shape)}, got {tuple(b.shape)}"
+            scale = float(a.nan_to_num().abs().amax()) if a.numel() else 0.0
+            if not torch.allclose(a, b, rtol=EXACT, atol=EXACT * scale, equal_nan=True):
+                worst = float((a - b).nan_to_num().abs().amax())
+                return f"certify: expected the same {name} in float64, got a difference of {worst:.1e}"
+        return None
+
+    def _compare_real(self, drawn: Sequence[Tensor], device: torch.device) -> str | None:
+        truth, _ = self._both(drawn, exact=True, device=torch.device("cpu"))
+        theirs, ours = self._both(drawn, exact=False, device=device)
+        for name, t, a, b in zip(self._names(len(truth)), truth, theirs, ours, strict=True):
+            if a.dtype != b.dtype:
+                return f"certify: expected {name} of dtype {a.dtype}, got {b.dtype}"
+            if not t.is_floating_point() or not t.numel():
+                continue
+            their_error = _error(a, t)
+            our_error = _error(b, t)
+            floor = 0.5 * torch.finfo(a.dtype).eps
+            if t.numel() < FEW:  # so few numbers may be right by luck
+                floor = self._coarsest()
+            if not our_error <= NO_WORSE * their_error + floor:
+                return (
+                    f"certify: expected {name} with a relative error of at most {their_error:.1e} in "
+                    f"{str(a.dtype).removeprefix('torch.')}, got {our_error:.1e}"
+                )
+        return None
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    """Root mean square error relative to the size of the truth, row by row; where the truth is finite."""
+    got = got.to(device=truth.device, dtype=torch.float64)
+    finite = torch.isfinite(truth)
+    difference = torch.where(finite, got - truth, 0.0)
+    rows = truth.shape[-1] if truth.dim() else 1
+    size = torch.where(finite, truth, 0.0).reshape(-1, rows).norm(dim=-1)
+    error = difference.reshape(-1, rows).norm(dim=-1)
+    relative = error / size.clamp_min(1e-30)
+    return float(relative[size > 0].square().mean().sqrt()) if bool((size > 0).any()) else float(error.amax())

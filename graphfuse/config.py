@@ -1,0 +1,66 @@
+"""The options of the backend, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from graphfuse.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `torch.compile(..., backend="graphfuse", options={...})` and `graphfuse.optimize` accept.
+
+    Attributes:
+        inner: the backend that compiles the rewritten graph: "inductor", "aot_eager", "eager" or any that torch knows.
+        patterns: names of the patterns to use; all of them if `None`.
+        strict: raise what goes wrong inside graphfuse; otherwise it warns, and compiles the graph as it was.
+        mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
+        inner_options: options for Inductor itself, by the names of `torch._inductor.config`.
+    """
+
+    inner: str = "inductor"
+    patterns: tuple[str, ...] | None = None
+    strict: bool = False
+    mode: str | None = None
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any], known_patterns: Collection[str]) -> Config:
+        """Check `options`; names that are Inductor's go to Inductor.
+
+        Raises:
+            ConfigError: an option, an inner backend or a pattern that does not exist; lists those that do.
+        """
+        own = {f.name for f in fields(cls)}
+        kept = {name: value for name, value in options.items() if name in own}
+        passed = {name: value for name, value in options.items() if name not in own}
+        inner = kept.get("inner", "inductor")
+        backends = sorted({"inductor", *torch._dynamo.list_backends(exclude_tags=())})
+        if inner not in backends:
+            raise ConfigError(f"inner: expected one of {backends}, got {inner!r}")
+        inductors = torch._inductor.config.get_config_copy() if inner == "inductor" else {}
+        unknown = [name for name in passed if name not in inductors]
+        if unknown:
+            raise ConfigError(f"options: expected names among {sorted(own)} (or Inductor's), got {unknown[0]!r}")
+        patterns = kept.get("patterns")
+        if patterns is not None:
+            patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+            for name in patterns:
+                if name not in known_patterns:
+                    raise ConfigError(f"patterns: expected names among {sorted(known_patterns)}, got {name!r}")
+        for name in ("strict",):
+            if not isinstance(kept.get(name, False), bool):
+                raise ConfigError(f"{name}: expected a bool, got {kept[name]!r}")
+        inner_options = {**kept.get("inner_options", {}), **passed}
+        return cls(
+            inner=inner,
+            patterns=patterns,
+            strict=kept.get("strict", False),
+            mode=kept.get("mode"),
+            inner_options=inner_options,
+        )

@@ -1,0 +1,216 @@
+"""Running a region of the shadow on real tensors, at any size.
+
+Sizes in a graph are those of the user's batch; a proof needs only a few rows. The region is therefore run at *small*
+sizes: leading dimensions shrink, and every literal size inside (`view(2, 4096, -1, 64)`) is worked out again from how
+the full shapes relate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphfuse.match import CASTS, INDEXING
+from graphfuse.shadow import LEAF, Value, hint
+
+aten = torch.ops.aten
+
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
+NEW = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}
+FACTORS = (3, 5, 7, 11, 13)  # stand-ins for large sizes: distinct, so that mistaken dimensions disagree
+
+
+class CannotEvaluate(Exception):
+    """The region holds something that has no small counterpart; its text is the reason."""
+
+
+def small_sizes(full: Iterable[int]) -> dict[int, int]:
+    """A small stand-in for every large size; products stay products.
+
+    >>> small_sizes({2, 4096, 8192})
+    {2: 2, 4096: 3, 8192: 6}
+    """
+    sizes: dict[int, int] = {}
+    factors = iter(FACTORS)
+    for size in sorted(set(full)):
+        if size <= 4:
+            sizes[size] = size
+            continue
+        known = [s for s in sizes if s > 1]
+        pair = next(((a, b) for a in known for b in known if a <= b and a * b == size), None)
+        if pair is not None:
+            sizes[size] = sizes[pair[0]] * sizes[pair[1]]
+        else:
+            sizes[size] = next(factors, size)
+    return sizes
+
+
+def small_view(full_in: tuple[int, ...], small_in: tuple[int, ...], full_out: tuple[int, ...]) -> list[int]:
+    """The shape that a view of `small_in` must have, when a view of `full_in` has `full_out`."""
+    out: list[int] = []
+    i = j = 0
+    while i < len(full_in) or j < len(full_out):
+        before, after = [i], [j]
+        i, j = i + 1, j + 1
+        left = full_in[before[0]] if before[0] < len(full_in) else 1
+        right = full_out[after[0]] if after[0] < len(full_out) else 1
+        if before[0] >= len(full_in):
+            before = []
+        if after[0] >= len(full_out):
+            after = []
+        while left != right:  # grow the lesser side until the groups hold as many elements
+            if left < right:
+                if i >= len(full_in):
+                    raise CannotEvaluate(f"view: expected {full_in} to factor into {full_out}")
+                left *= full_in[i]
+                before.append(i)
+                i += 1
+            else:
+                if j >= len(full_out):
+                    raise CannotEvaluate(f"view: expected {full_in} to factor into {full_out}")
+                right *= full_out[j]
+                after.append(j)
+                j += 1
+        out.extend(_split_small(before, after, full_in, small_in, full_out))
+    return out
+
+
+def _split_small(
+    before: list[int], after: list[int], full_in: tuple[int, ...], small_in: tuple[int, ...], full_out: tuple[int, ...]
+) -> list[int]:
+    """Sizes of one group of output dimensions."""
+    total = math.prod(small_in[i] for i in before)
+    if not after:
+        return []
+    if total == math.prod(full_out[j] for j in after):
+        return [full_out[j] for j in after]
+    if len(after) == 1:
+        return [total]
+    sizes = small_sizes({*(full_in[i] for i in before), *(full_out[j] for j in after)})
+    named = {full_in[i]: small_in[i] for i in before}
+    guess = [named.get(full_out[j], sizes[full_out[j]]) for j in after]
+    for k in range(len(guess)):  # one dimension takes up what the others leave
+        rest = math.prod(guess[:k] + guess[k + 1 :])
+        if rest and total % rest == 0 and (full_out[after[k]] > 4 or total // rest == full_out[after[k]]):
+            return [*guess[:k], total // rest, *guess[k + 1 :]]
+    raise CannotEvaluate(f"view: expected {total} elements to split like {full_out}")
+
+
+def evaluate(
+    values: Iterable[Value],
+    known: Mapping[Value, Tensor],
+    *,
+    exact: bool,
+    device: torch.device,
+    sizes: Mapping[int, int],
+) -> dict[Value, Tensor]:
+    """Run `values` (in order of execution) from the tensors in `known`.
+
+    Args:
+        values: a cone of the shadow.
+        known: tensors for its leaves, of small size.
+        exact: replace every floating dtype by float64.
+        device: where to run.
+        sizes: full size -> small size, for literals that create dimensions.
+
+    Returns:
+        `known` and a tensor for each of `values`.
+
+    Raises:
+        CannotEvaluate: the region holds a leaf that is not known, or something with no small counterpart.
+    """
+    results = dict(known)
+    for value in values:
+        if value in results:
+            continue
+        if value.op is LEAF:
+            raise CannotEvaluate(f"{value.node.name}: expected a computed value, got a leaf")
+        if torch.Tag.nondeterministic_seeded in value.op.tags:
+            raise CannotEvaluate(f"{value.node.name}: expected no random numbers, got {value.op}")
+        args = [_argument(a, results, exact, device) for a in value.args]
+        kwargs = {k: _argument(a, results, exact, device) for k, a in value.kwargs.items()}
+        _resize(value, args, sizes)
+        with torch.set_grad_enabled(value.grad_mode and torch.is_grad_enabled()):
+            try:
+                result = value.op(*args, **kwargs)
+            except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
+                message = str(error).splitlines()[0]
+                raise CannotEvaluate(f"{value.node.name}: expected {value.op} to run, got: {message}") from error
+        results[value] = result[value.output] if isinstance(result, (tuple, list)) else result
+    return results
+
+
+def _argument(arg: Any, results: Mapping[Value, Tensor], exact: bool, device: torch.device) -> Any:
+    if isinstance(arg, Value):
+        return results[arg]
+    if isinstance(arg, (list, tuple)):
+        return [_argument(item, results, exact, device) for item in arg]
+    if isinstance(arg, torch.dtype):
+        return exact_dtype(arg) if exact else arg
+    if isinstance(arg, torch.device):
+        return device
+    return hint(arg)
+
+
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 (or complex128) for what is inexact, and the dtype itself for what is not."""
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
+
+
+def _resize(value: Value, args: list[Any], sizes: Mapping[int, int]) -> None:
+    """Turn the literal sizes among `args` into small ones."""
+    op = value.op
+    if op in VIEWS:
+        args[1] = small_view(value.args[0].shape, tuple(args[0].shape), value.shape)
+    elif op is aten.expand.default:
+        before, small = value.args[0].shape, tuple(args[0].shape)
+        lead = len(value.shape) - len(before)
+        args[1] = [
+            sizes.get(size, size) if k < lead or before[k - lead] != size else small[k - lead]
+            for k, size in enumerate(value.shape)
+        ]
+    elif op is aten.slice.Tensor and len(args) >= 4:
+        full, small = value.args[0].shape[args[1]], args[0].shape[args[1]]
+        if full != small and args[3] is not None and 0 <= args[3] <= full:
+            args[3] = small - (full - args[3])  # as far from the end as it was
+    elif op in NEW:
+        args[0] = [sizes.get(size, size) for size in args[0]]
+    elif op is aten.split_with_sizes.default:
+        dim = args[2] if len(args) > 2 else 0
+        full = value.args[0].shape[dim]
+        if full != args[0].shape[dim]:
+            raise CannotEvaluate(f"{value.node.name}: expected to split an inner dimension, got a batch one")
+
+
+def roots(value: Value) -> list[Value]:
+    """The values that `value` is a rearrangement of, itself included, nearest first."""
+    chain = [value]
+    movers = INDEXING | CASTS | {aten.constant_pad_nd.default}
+    while chain[-1].op in movers and isinstance(chain[-1].args[0], Value):
+        chain.append(chain[-1].args[0])
+    return chain
+
+def fingerprint(values: Sequence[Value], leaves: Sequence[Value]) -> tuple[Any, ...]:
+    """What a region computes and on what, hashable: equal regions of a graph have equal fingerprints."""
+    number = {value: k for k, value in enumerate([*leaves, *values])}
+
+    def plain(arg: Any) -> Any:
+        if isinstance(arg, Value):
+            return ("value", number.get(arg, -1))
+        if isinstance(arg, (list, tuple)):
+            return tuple(plain(item) for item in arg)
+        return str(hint(arg))
+
+    steps = tuple(
+        (str(v.op), plain(v.args), plain(sorted(v.kwargs.items())), v.output, v.shape, v.grad_mode) for v in values
+    )
+    starts = tuple(
+        (v.shape, str(v.dtype), v.tensor.requires_grad, tuple(hint(s) for s in v.tensor.stride())) for v in leaves
+    )
+    return (steps, starts)

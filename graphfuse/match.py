@@ -1,0 +1,154 @@
+"""What a pattern is, and what it answers: a match, or a refusal with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphfuse.shadow import Shadow, Value, hint
+
+aten = torch.ops.aten
+
+# A sampler draws one input for certification: (shape, dtype, device, generator) -> tensor.
+Sampler = Callable[[tuple[int, ...], torch.dtype, torch.device, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A region of the shadow that one replacement stands for.
+
+    Attributes:
+        pattern: name of the pattern that found it.
+        outputs: the values that the replacement returns, in its order.
+        inputs: the values that it takes, in its order; the region lies between the two.
+        replacement: called with one tensor per input and with `params`; what certification runs and what is traced
+            into the graph are this same function.
+        params: keyword arguments of `replacement`: numbers, strings, dtypes.
+        variant: for people: what kind of the computation this is.
+        covers: computation -> how many of it the replacement stands for.
+        samplers: input position -> how to draw it for certification, where a normal distribution will not do.
+        scalable: sizes that the computation does not depend on, besides those of leading dimensions: certification
+            may shrink them.
+    """
+
+    pattern: str
+    outputs: tuple[Value, ...]
+    inputs: tuple[Value, ...]
+    replacement: Callable[..., Any]
+    params: Mapping[str, Any]
+    variant: str
+    covers: Mapping[str, int]
+    samplers: Mapping[int, Sampler] = field(default_factory=dict)
+    scalable: frozenset[int] = frozenset()
+
+    @property
+    def anchor(self) -> Value:
+        return self.outputs[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Refusal:
+    """Why a site is left as it is: `<what>: expected <...>, got <...>`."""
+
+    pattern: str
+    anchor: Value
+    reason: str
+    covers: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What to look for. `find` yields every site of a shadow once, outermost region only."""
+
+    name: str
+    find: Callable[[Shadow], Iterator[Match | Refusal]]
+
+
+CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
+
+# Operations that only move elements: no arithmetic, at most repetition.
+INDEXING = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten._reshape_alias.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.expand.default,
+        aten.alias.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.unfold.default,
+        aten.lift_fresh.default,
+    }
+)
+
+IDENTITIES = frozenset({aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh.default})
+
+
+def is_cast(value: Value) -> bool:
+    """Whether the value is its operand in another floating dtype (or layout), and nothing else."""
+    return value.op in CASTS and value.dtype.is_floating_point
+
+
+def strip(value: Value) -> Value:
+    """The value before casts and copies."""
+    while is_cast(value) or value.op in IDENTITIES:
+        value = value.args[0]
+    return value
+
+
+def number(item: Any) -> float | None:
+    """A Python number, a symbolic one by its hint, or `None` for everything else."""
+    item = hint(item)
+    if isinstance(item, (int, float)) and not isinstance(item, bool):
+        return float(item)
+    return None
+
+
+def scalar(item: Any) -> float | None:
+    """`number`, or the content of a constant that the graph made from a Python number."""
+    if isinstance(item, Value):
+        if item.op in CASTS or item.op in IDENTITIES:
+            return scalar(item.args[0])
+        if item.op is aten.full.default and item.tensor.numel() == 1:
+            return number(item.args[1])
+        if item.op is aten.scalar_tensor.default:
+            return number(item.args[0])
+        return None
+    return number(item)
+
+
+def is_last(dims: Any, value: Value) -> bool:
+    """Whether `dims`, as an ATen reduction takes them, name the last dimension and no other."""
+    rank = value.tensor.dim()
+    named = [dims] if isinstance(dims, int) else list(dims or [])
+    return len(named) == 1 and named[0] in (-1, rank - 1)
+
+
+def argument(value: Value, position: int, name: str, default: Any = None) -> Any:
+    """An argument of the value's operation, positional or by name."""
+    if len(value.args) > position:
+        return value.args[position]
+    return value.kwargs.get(name, default)
+
+
+def short(dtype: torch.dtype) -> str:
+    """`bfloat16` rather than `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,214 @@
+"""Putting a replacement in the place of a region, in the Dynamo graph.
+
+A match is in terms of ATen values; a graph is rewritten at node boundaries. What a region may not contain, or cross, is
+decided here, in one place, for all patterns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
+
+from graphfuse.certify import certify
+from graphfuse.match import CASTS, IDENTITIES, Match, Refusal
+from graphfuse.shadow import LEAF, Shadow, Value, hint, storage_key
+
+
+def obstacle(match: Match, shadow: Shadow) -> str | None:
+    """Why the region cannot be replaced as a whole, or `None` if it can."""
+    region = shadow.cone(match.outputs, match.inputs)
+    for value in match.outputs:
+        if value not in shadow.node_of:
+            return f"output: expected the result of a graph node, got a value inside {value.node.name}"
+    for value in match.inputs:
+        if (reason := _unreachable(value, shadow)) is not None:
+            return reason
+    for value in region:
+        if value.op is LEAF:
+            return f"{value.node.name}: expected a computed value, got one from outside the region"
+    modes = {value.grad_mode for value in region}
+    if len(modes) > 1:
+        return "grad mode: expected one for the whole region, got a change inside"
+    return _mutation(match, region, shadow)
+
+
+def _unreachable(value: Value, shadow: Shadow) -> str | None:
+    """Inputs inside a node are made again in the graph; that takes operations without side effects."""
+    while value not in shadow.node_of:
+        if value.op not in CASTS | IDENTITIES:
+            return f"input: expected the result of a graph node, got a value inside {value.node.name}"
+        value = value.args[0]
+    return None
+
+
+def _mutation(match: Match, region: Sequence[Value], shadow: Shadow) -> str | None:
+    """Reads must see at the output what they saw in the region, and the region may write only to its own."""
+    last = max(value.index for value in match.outputs)
+    first = min(value.index for value in region)
+    for value in match.inputs:
+        writes = shadow.mutations.get(storage_key(value.tensor), [])
+        if any(first <= write <= last for write in writes):
+            return f"{value.node.name}: expected no in-place change between its use and the output, got one"
+    own = {storage_key(value.tensor) for value in region}
+    for value in match.inputs:
+        own.discard(storage_key(value.tensor))
+    for value in region:
+        if value.op._schema.is_mutable and storage_key(value.tensor) not in own:
+            return f"{value.node.name}: expected no in-place operation on an input, got {value.op}"
+    return None
+
+
+def specialise(match: Match, shadow: Shadow) -> None:
+    """Turn the symbolic numbers of the region (an eps under dynamic shapes) into guards on their value."""
+
+    def visit(arg: Any) -> None:
+        if isinstance(arg, torch.SymFloat):
+            float(arg)
+        elif isinstance(arg, (list, tuple)):
+            for item in arg:
+                visit(item)
+
+    for value in shadow.cone(match.outputs, match.inputs):
+        visit([*value.args, *value.kwargs.values()])
+
+
+def rewrite(match: Match, shadow: Shadow) -> Refusal | None:
+    """Check, certify and commit one match. The graph is changed only if the answer is `None`."""
+    reason = obstacle(match, shadow) or certify(match, shadow)
+    if reason is None:
+        specialise(match, shadow)
+        reason = _commit(match, shadow)
+    return None if reason is None else Refusal(match.pattern, match.anchor, reason, match.covers)
+
+
+def _commit(match: Match, shadow: Shadow) -> str | None:
+    graph = shadow.graph_module.graph
+    old = [shadow.node_of[value] for value in match.outputs]
+    region_nodes = {value.node for value in shadow.cone(match.outputs, match.inputs)}
+    with graph.inserting_before(min(old)):
+        inputs = [_node_for(value, shadow) for value in match.inputs]
+        late = [n for n in inputs if not n < min(old)]
+        if late:
+            return f"{late[0].name}: expected to be known before the first output, got a later node"
+        before = min(old).prev
+        tracer = fx.proxy.GraphAppendingTracer(graph)
+        proxies = [fx.Proxy(node, tracer) for node in inputs]
+        result = match.replacement(*proxies, **match.params)
+        results = result if isinstance(result, (tuple, list)) else [result]
+        new = [
+            _same_layout(proxy, node, value)
+            for proxy, node, value in zip(results, old, match.outputs, strict=True)
+        ]
+    _describe(before, min(old))
+    for node, proxy, value in zip(old, new, match.outputs, strict=True):
+        proxy.node.meta.update({k: v for k, v in node.meta.items()})
+        node.replace_all_uses_with(proxy.node)
+        shadow.node_of[value] = proxy.node
+        shadow.value_of[proxy.node] = value
+        shadow.storage_nodes.setdefault(storage_key(value.tensor), set()).add(proxy.node)
+    _erase(region_nodes, shadow)
+    return None
+
+
+def _node_for(value: Value, shadow: Shadow) -> fx.Node:
+    """The node that holds the value; what lies inside a node (autocast's casts) is made again."""
+    if value in shadow.node_of:
+        return shadow.node_of[value]
+
+    def plain(arg: Any) -> Any:
+        return _node_for(arg, shadow) if isinstance(arg, Value) else hint(arg)
+
+    args = tuple(plain(arg) for arg in value.args)
+    kwargs = {name: plain(arg) for name, arg in value.kwargs.items()}
+    node = shadow.graph_module.graph.call_function(value.op, args, kwargs)
+    node.meta["example_value"] = value.tensor
+    shadow.node_of[value] = node
+    return node
+
+
+def _same_layout(proxy: fx.Proxy, node: fx.Node, value: Value) -> fx.Proxy:
+    """Give the result the strides that later views of it count on."""
+    example = node.meta.get("example_value", value.tensor)
+    order = _stride_order(example)
+    ours = _stride_order(_fake_result(proxy, example))
+    if ours == order:
+        return proxy
+    if order == list(range(example.dim())):
+        return proxy.contiguous()
+    inverse = [order.index(d) for d in range(example.dim())]
+    return proxy.permute(order).contiguous().permute(inverse)
+
+
+def _fake_result(proxy: fx.Proxy, example: Tensor) -> Tensor:
+    """The fake tensor that the traced replacement returns."""
+    mode = example.fake_mode if isinstance(example, FakeTensor) else None
+    if mode is None:
+        return example
+    known: dict[fx.Node, Any] = {}
+
+    def value_of(node: fx.Node) -> Any:
+        if "example_value" in node.meta:
+            return node.meta["example_value"]
+        if node not in known:
+            args = tree_map(lambda a: value_of(a) if isinstance(a, fx.Node) else a, node.args)
+            kwargs = tree_map(lambda a: value_of(a) if isinstance(a, fx.Node) else a, node.kwargs)
+            if node.op == "call_method":
+                known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return known[node]
+
+    quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with quiet, mode, torch.no_grad():
+        result: Tensor = value_of(proxy.node)
+    return result
+
+
+def _stride_order(tensor: Tensor) -> list[int]:
+    """Dimensions from the slowest to the fastest; those of size one, and ties, in their own order."""
+    strides = [hint(s) for s in tensor.stride()]
+    sizes = [hint(s) for s in tensor.shape]
+    order = sorted((d for d in range(len(sizes)) if sizes[d] != 1), key=lambda d: (-strides[d], d))
+    for d in range(len(sizes)):
+        if sizes[d] == 1:
+            order.insert(d, d)
+    return order
+
+
+def _describe(before: fx.Node, after: fx.Node) -> None:
+    """Let the nodes in between tell the same origin as the node that they came for."""
+    node = before.next
+    while node is not after:
+        for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if name in after.meta:
+                node.meta.setdefault(name, after.meta[name])
+        node = node.next
+
+
+def _erase(nodes: set[fx.Node], shadow: Shadow) -> None:
+    """Remove what nothing reads any more.
+
+    Dead-code elimination would also take in-place operations whose result nobody names. A node that writes is removed
+    only together with every node that could see what it wrote.
+    """
+    doomed = {node for node in nodes if node.op not in ("placeholder", "output", "get_attr")}
+    changed = True
+    while changed:
+        changed = False
+        for node in list(doomed):
+            witnesses = set().union(
+                *(shadow.storage_nodes.get(key, set()) for key in shadow.mutating_nodes.get(node, ()))
+            )
+            if any(user not in doomed for user in node.users) or any(
+                w not in doomed and w.graph is node.graph and not w._erased for w in witnesses
+            ):
+                doomed.discard(node)
+                changed = True
+    for node in sorted(doomed, reverse=True):
+        node.graph.erase_node(node)

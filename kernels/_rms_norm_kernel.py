@@ -1,0 +1,340 @@
+"""The kernels of `rms_norm`, and how they are laid over rows and threads.
+
+A program holds one row, or several short ones; rows beyond `MAX_BLOCK` are read in blocks, twice.
+Backward launches as many programs as the GPU runs at once: each walks over rows and sums up its
+part of the weight's gradient, and a second kernel adds the parts. Always in the same order.
+"""
+# Shape letters: R = rows (all leading dims), D = features of a row, P = programs of backward.
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from graphfuse.kernels._strides import fold
+from graphfuse.kernels._triton import tl, triton
+
+MAX_ROW_DIMS = 3  # that the kernels can tell apart
+MAX_ROWS = 2**31 - 2**16  # rows are counted in int32, and a tile may run over the end
+MAX_BLOCK = 16384  # features held in registers; more of them spill
+
+# Elements of a program's tile of short rows. A thread has 32 of them forward: four 16-byte loads in
+# bf16. Backward there are 16 of each of x, the gradient, weight and its gradient.
+TILE = 4096
+TILE_BACKWARD = 2048
+# Warps of a program of backward and programs to a multiprocessor, by block; smaller blocks have 4
+# warps. More do not fit in its registers.
+WARPS_BACKWARD = {4096: (8, 2), 8192: (16, 1), 16384: (16, 1)}
+# The two reads of a wide row should meet in the L2 cache: large programs, few of them.
+WIDE_BLOCK = 8192
+# Backward loads the rows of so many turns of its loop, less one, ahead.
+STAGES = 3
+# Of a program that adds parts: 128 bytes of a row, eight 16-byte loads of a thread at a time.
+PARTS_BLOCK_P, PARTS_BLOCK_D = 128, 32
+
+INTERPRETER_SMS = 3  # more than one, and not a power of two
+
+
+class NormOptions(NamedTuple):
+    """What is fixed when a kernel is compiled."""
+
+    eps: float
+    gain: float = 1.0
+    offset: float = 0.0
+    mode: str = "inside"
+
+
+@triton.jit
+def tl_row_offsets(rows, N1, N2, strides):
+    """Return where rows begin; `rows` is [BLOCK_R, 1]."""
+    n2 = (rows % N2).to(tl.int64)  # offsets can exceed 2**31
+    n1 = (rows // N2 % N1).to(tl.int64)
+    n0 = (rows // N2 // N1).to(tl.int64)
+    return n0 * strides[0] + n1 * strides[1] + n2 * strides[2]
+
+
+@triton.jit
+def tl_cols(first, BLOCK_D: tl.constexpr):
+    """Return the features of a block, [1, BLOCK_D]."""
+    return first + tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
+
+
+@triton.jit
+def tl_load_scale(weight_ptr, stride, cols, D: tl.constexpr, OFFSET: tl.constexpr):
+    """Return offset + weight."""
+    scale = tl.load(weight_ptr + cols * stride, mask=cols < D, other=0.0).to(tl.float32)
+    if OFFSET != 0.0:
+        scale = scale + OFFSET
+    return scale
+
+
+@triton.jit
+def tl_rstd(mean, EPS: tl.constexpr, GAIN: tl.constexpr, MODE: tl.constexpr):
+    """Return rstd, and k in d rstd / d x = -k * rstd * x / D."""
+    if MODE == "inside":
+        inverse = tl.rsqrt(mean + EPS)
+        k = inverse * inverse
+    elif MODE == "outside":
+        root = tl.sqrt_rn(mean)
+        inverse = 1.0 / (root + EPS)
+        # A row of zeros has the gradient that torch's vector_norm has there: none.
+        k = tl.where(root > 0.0, inverse / tl.where(root > 0.0, root, 1.0), 0.0)
+    else:
+        tl.static_assert(MODE == "clamp")
+        root = tl.sqrt_rn(mean)
+        # NaN stays NaN.
+        inverse = 1.0 / tl.where(root < EPS, EPS, root)
+        k = tl.where((root >= EPS) & (root > 0.0), inverse * inverse, 0.0)
+    return GAIN * inverse, k
+
+
+@triton.jit
+def tl_normalize(
+    x,
+    rstd,
+    weight_ptr,
+    weight_stride,
+    cols,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+):
+    """Return y before its rounding."""
+    y = x * rstd
+    if NORMALIZED is not None:
+        y = y.to(NORMALIZED).to(tl.float32)
+    if weight_ptr is not None:
+        y = y * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
+    return y
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr,  # [N0, N1, N2, D]
+    weight_ptr,  # [D] or None
+    y_ptr,  # [N0, N1, N2, D]
+    x_strides,
+    y_strides,
+    weight_stride,
+    R,  # N0 * N1 * N2
+    N1,
+    N2,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    GAIN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MODE: tl.constexpr,
+    NORMALIZED: tl.constexpr,  # dtype to round to before the weight, or None
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    x_ptrs = x_ptr + tl_row_offsets(rows, N1, N2, x_strides)
+    y_ptrs = y_ptr + tl_row_offsets(rows, N1, N2, y_strides)
+
+    if D <= BLOCK_D:
+        cols = tl_cols(0, BLOCK_D)
+        mask = (rows < R) & (cols < D)
+        x = tl.load(x_ptrs + cols * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+        squares = tl.sum(x * x, axis=1, keep_dims=True)
+        # Rows beyond R must not divide by zero.
+        rstd, _ = tl_rstd(tl.where(rows < R, squares / D, 1.0), EPS, GAIN, MODE)
+        y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
+        tl.store(y_ptrs + cols * y_strides[3], y.to(y_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.static_assert(BLOCK_R == 1)
+        squares = tl.zeros((1, BLOCK_D), tl.float32)
+        for first in range(0, D, BLOCK_D):
+            cols = tl_cols(first, BLOCK_D)
+            x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
+            squares += x * x
+        squares = tl.sum(squares, axis=1, keep_dims=True)
+        rstd, _ = tl_rstd(squares / D, EPS, GAIN, MODE)
+        for first in range(0, D, BLOCK_D):
+            cols = tl_cols(first, BLOCK_D)
+            x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
+            y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
+            tl.store(y_ptrs + cols * y_strides[3], y.to(y_ptr.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    grad_ptr,  # [N0, N1, N2, D]
+    x_ptr,  # [N0, N1, N2, D]
+    weight_ptr,  # [D] or None
+    x_grad_ptr,  # [N0, N1, N2, D]
+    parts_ptr,  # [P, D] or None
+    grad_strides,
+    x_strides,
+    x_grad_strides,
+    weight_stride,
+    R,  # N0 * N1 * N2
+    N1,
+    N2,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    GAIN: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    num_programs = tl.num_programs(0)
+    # program * D can exceed 2**31.
+    part_ptrs = parts_ptr
+    if parts_ptr is not None:
+        part_ptrs = parts_ptr + program.to(tl.int64) * D
+
+    if D <= BLOCK_D:
+        cols = tl_cols(0, BLOCK_D)
+        if weight_ptr is not None:
+            # One scale for each element of the tile: in registers it stands where x does.
+            tile_cols = tl.broadcast_to(cols, (BLOCK_R, BLOCK_D))
+            scale = tl_load_scale(weight_ptr, weight_stride, tile_cols, D, OFFSET)
+        if parts_ptr is not None:
+            weight_grad = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        for tile in tl.range(program, tl.cdiv(R, BLOCK_R), num_programs, num_stages=STAGES):
+            rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+            mask = (rows < R) & (cols < D)
+            x_ptrs = x_ptr + tl_row_offsets(rows, N1, N2, x_strides) + cols * x_strides[3]
+            grad_ptrs = grad_ptr + tl_row_offsets(rows, N1, N2, grad_strides)
+            x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.load(grad_ptrs + cols * grad_strides[3], mask=mask, other=0.0)
+            grad = grad.to(tl.float32)
+
+            mean = tl.sum(x * x, axis=1, keep_dims=True) / D
+            rstd, k = tl_rstd(tl.where(rows < R, mean, 1.0), EPS, GAIN, MODE)
+            if parts_ptr is not None:
+                weight_grad += grad * (x * rstd)
+            if weight_ptr is not None:
+                grad = grad * scale
+            slope = k * (tl.sum(grad * x, axis=1, keep_dims=True) / D)
+            x_grad = rstd * (grad - x * slope)
+
+            x_grad_ptrs = x_grad_ptr + tl_row_offsets(rows, N1, N2, x_grad_strides)
+            x_grad_ptrs += cols * x_grad_strides[3]
+            tl.store(x_grad_ptrs, x_grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
+        if parts_ptr is not None:
+            tl.store(part_ptrs + cols, tl.sum(weight_grad, axis=0)[None, :], mask=cols < D)
+    else:
+        tl.static_assert(BLOCK_R == 1)
+        for row in range(program, R, num_programs):
+            rows = row + tl.arange(0, 1)[:, None]
+            x_ptrs = x_ptr + tl_row_offsets(rows, N1, N2, x_strides)
+            grad_ptrs = grad_ptr + tl_row_offsets(rows, N1, N2, grad_strides)
+            x_grad_ptrs = x_grad_ptr + tl_row_offsets(rows, N1, N2, x_grad_strides)
+            squares = tl.zeros((1, BLOCK_D), tl.float32)
+            products = tl.zeros((1, BLOCK_D), tl.float32)
+            for first in range(0, D, BLOCK_D):
+                cols = tl_cols(first, BLOCK_D)
+                x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
+                grad = tl.load(grad_ptrs + cols * grad_strides[3], mask=cols < D, other=0.0)
+                grad = grad.to(tl.float32)
+                if weight_ptr is not None:
+                    grad = grad * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
+                squares += x * x
+                products += grad * x
+            mean = tl.sum(squares, axis=1, keep_dims=True) / D
+            rstd, k = tl_rstd(mean, EPS, GAIN, MODE)
+            slope = k * (tl.sum(products, axis=1, keep_dims=True) / D)
+            for first in range(0, D, BLOCK_D):
+                cols = tl_cols(first, BLOCK_D)
+                x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
+                grad = tl.load(grad_ptrs + cols * grad_strides[3], mask=cols < D, other=0.0)
+                grad = grad.to(tl.float32)
+                if parts_ptr is not None:
+                    # The part stands in memory; the program's first row finds none there yet.
+                    has_part = (cols < D) & (rows != program)
+                    part = tl.load(part_ptrs + cols, mask=has_part, other=0.0)
+                    tl.store(part_ptrs + cols, part + grad * (x * rstd), mask=cols < D)
+                if weight_ptr is not None:
+                    grad = grad * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
+                x_grad = (rstd * (grad - x * slope)).to(x_grad_ptr.dtype.element_ty)
+                tl.store(x_grad_ptrs + cols * x_grad_strides[3], x_grad, mask=cols < D)
+            # The next row's threads see this row's part.
+            tl.debug_barrier()
+
+
+@triton.jit
+def add_parts_kernel(
+    parts_ptr,  # [P, D]
+    weight_grad_ptr,  # [D]
+    P,
+    D,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
+    for first in range(0, P, BLOCK_P):
+        programs = first + tl.arange(0, BLOCK_P)[:, None]
+        part_ptrs = parts_ptr + programs.to(tl.int64) * D + cols
+        total += tl.load(part_ptrs, mask=(programs < P) & (cols < D), other=0.0)
+    weight_grad = tl.sum(total, axis=0)[None, :].to(weight_grad_ptr.dtype.element_ty)
+    tl.store(weight_grad_ptr + cols, weight_grad, mask=cols < D)
+
+
+class Walk(NamedTuple):
+    """Sizes and strides as the kernels take them."""
+
+    rows: int
+    n1: int
+    n2: int
+    strides: tuple[tuple[int, ...], ...]  # of each tensor: N0, N1, N2, D
+
+
+@lru_cache(maxsize=1024)
+def plan_walk(shape: tuple[int, ...], *strides: tuple[int, ...]) -> Walk | None:
+    """Merge the leading dims of all tensors; None if too many are left."""
+    # In the order of the last tensor, an output, which is dense.
+    dims = fold(shape[:-1], *(stride[:-1] for stride in reversed(strides)))
+    if len(dims) > MAX_ROW_DIMS:
+        return None
+    # Sizes of 1 cost nothing at the end: no division by them is left in the kernel.
+    dims += [(1, (0,) * len(strides))] * (MAX_ROW_DIMS - len(dims))
+    (n0, _), (n1, _), (n2, _) = dims
+    by_tensor = zip(*(reversed(steps) for _, steps in dims), strict=True)
+    merged = ((*steps, stride[-1]) for steps, stride in zip(by_tensor, strides, strict=True))
+    return Walk(n0 * n1 * n2, n1, n2, tuple(merged))
+
+
+class Launch(NamedTuple):
+    """How a row is laid out over threads."""
+
+    block_r: int
+    block_d: int
+    num_warps: int
+    per_sm: int = 0  # programs that run at once
+
+
+@lru_cache(maxsize=1024)
+def plan_forward(features: int, rows: int) -> Launch:
+    """Choose the tile of a program."""
+    block_d = triton.next_power_of_2(features)
+    if block_d > MAX_BLOCK:
+        return Launch(1, WIDE_BLOCK, 16)
+    block_r = max(1, min(TILE // block_d, triton.next_power_of_2(rows)))
+    return Launch(block_r, block_d, max(4, block_d // 1024))
+
+
+@lru_cache(maxsize=1024)
+def plan_backward(features: int, rows: int) -> Launch:
+    """Choose the tile of a program, and how many programs share a multiprocessor."""
+    block_d = triton.next_power_of_2(features)
+    if block_d > MAX_BLOCK:
+        return Launch(1, WIDE_BLOCK, 32, 1)
+    block_r = max(1, min(TILE_BACKWARD // block_d, triton.next_power_of_2(rows)))
+    num_warps, per_sm = WARPS_BACKWARD.get(block_d, (4, 6 if block_d <= 1024 else 4))
+    return Launch(block_r, block_d, num_warps, per_sm)
+
+
+@lru_cache(maxsize=64)
+def num_sms(device: torch.device) -> int:
+    """Return the number of multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETER_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,367 @@
+"""RMSNorm over the last dimension: one pass over memory forward, one backward.
+
+    mean   = sum(x ** 2) / D
+    rstd   = gain / sqrt(mean + eps)             mode "inside"
+             gain / (sqrt(mean) + eps)           mode "outside"
+             gain / max(sqrt(mean), eps)         mode "clamp"
+    y      = round(x * rstd) * (offset + weight)
+    u      = grad * (offset + weight)
+    dx     = rstd * (u - x * k * sum(u * x) / D)
+    dweight = sum over rows of grad * x * rstd
+
+    k      = 1 / (mean + eps)                    mode "inside"
+             1 / (sqrt(mean) * (sqrt(mean) + eps))        "outside"
+             1 / mean if sqrt(mean) >= eps else 0         "clamp"
+
+Backward reads x again and computes rstd anew: nothing else is saved.
+
+Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
+"""
+# Shape letters: D = features of a row.
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphfuse.kernels._rms_norm_kernel import (
+    MAX_ROWS,
+    PARTS_BLOCK_D,
+    PARTS_BLOCK_P,
+    STAGES,
+    NormOptions,
+    Walk,
+    add_parts_kernel,
+    num_sms,
+    plan_backward,
+    plan_forward,
+    plan_walk,
+    rms_norm_backward_kernel,
+    rms_norm_kernel,
+)
+from graphfuse.kernels._triton import HAS_TRITON, tl, triton
+
+__all__ = ["rms_norm", "rms_norm_reference"]
+
+MODES = ("inside", "outside", "clamp")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def rms_norm_reference(
+    x: Tensor,  # (..., D)
+    weight: Tensor | None,  # (D,)
+    eps: float,
+    gain: float,
+    offset: float,
+    mode: str,
+    normalized_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Say what the op computes, in differentiable torch operations."""
+    compute = _compute_dtype(x, weight, out_dtype)
+    h = x.to(compute)
+    if mode == "inside":
+        rstd = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
+    else:
+        # Has a gradient, 0, in a row of zeros too.
+        root = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / math.sqrt(max(x.shape[-1], 1))
+        rstd = 1 / (root + eps if mode == "outside" else root.clamp(min=eps))
+    h = h * (gain * rstd)
+    if normalized_dtype.itemsize < 4:
+        h = h.to(normalized_dtype).to(compute)
+    if weight is not None:
+        h = h * (offset + weight.to(compute))
+    return h.to(out_dtype)
+
+
+def _differentiate(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    options: NormOptions,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and weight, in the dtype they are computed in."""
+    eps, gain, offset, mode = options
+    compute = _compute_dtype(x, weight, grad.dtype)
+    grad, x = grad.to(compute), x.to(compute)
+    mean = x.square().mean(-1, keepdim=True)
+    if mode == "inside":
+        inverse = (mean + eps).rsqrt()
+        k = inverse.square()
+    elif mode == "outside":
+        root = mean.sqrt()
+        inverse = 1 / (root + eps)
+        k = torch.where(root > 0, inverse / root, 0)
+    else:
+        root = mean.sqrt()
+        inverse = 1 / root.clamp(min=eps)
+        k = torch.where((root >= eps) & (root > 0), inverse.square(), 0)
+    rstd = gain * inverse
+    weight_grad = (grad * (x * rstd)).flatten(end_dim=-2).sum(0) if x.ndim > 1 else grad * x * rstd
+    if weight is not None:
+        grad = grad * (offset + weight.to(compute))
+    return rstd * (grad - x * (k * (grad * x).mean(-1, keepdim=True))), weight_grad
+
+
+def _compute_dtype(x: Tensor, weight: Tensor | None, other: torch.dtype) -> torch.dtype:
+    dtypes = (x.dtype, other, other if weight is None else weight.dtype)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _launches(x: Tensor, weight: Tensor | None, other: torch.dtype) -> bool:
+    """Whether the kernels run, rather than the reference."""
+    if not (x.is_cuda and HAS_TRITON) or _compute_dtype(x, weight, other) == torch.float64:
+        return False
+    return x.numel() <= MAX_ROWS * x.shape[-1]
+
+
+def _launch_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    y: Tensor,
+    options: NormOptions,
+    normalized_dtype: torch.dtype,
+) -> None:
+    """Launch the kernel, which writes `y`."""
+    if x.numel() == 0:
+        return
+    (x,), walk = _walk_over((x,), y)
+    launch = plan_forward(x.shape[-1], walk.rows)
+    rounding = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(normalized_dtype)
+    with torch.cuda.device(x.device.index if x.is_cuda else -1):
+        rms_norm_kernel[(triton.cdiv(walk.rows, launch.block_r),)](
+            x,
+            weight,
+            y,
+            *walk.strides,
+            0 if weight is None else weight.stride(0),
+            walk.rows,
+            walk.n1,
+            walk.n2,
+            x.shape[-1],
+            *options,
+            NORMALIZED=rounding,
+            BLOCK_R=launch.block_r,
+            BLOCK_D=launch.block_d,
+            num_warps=launch.num_warps,
+        )
+
+
+def _launch_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    x_grad: Tensor,
+    weight_grad: Tensor | None,
+    options: NormOptions,
+) -> None:
+    """Launch the kernels, which write `x_grad`, and `weight_grad` unless that is None."""
+    if x.numel() == 0:
+        if weight_grad is not None:
+            weight_grad.zero_()
+        return
+    (grad, x), walk = _walk_over((grad, x), x_grad)
+    features = x.shape[-1]
+    launch = plan_backward(features, walk.rows)
+    tiles = triton.cdiv(walk.rows, launch.block_r)
+    num_programs = min(tiles, launch.per_sm * num_sms(x.device))
+    parts = None
+    if weight_grad is not None:
+        parts = torch.empty(num_programs, features, dtype=torch.float32, device=x.device)
+    with torch.cuda.device(x.device.index if x.is_cuda else -1):
+        rms_norm_backward_kernel[(num_programs,)](
+            grad,
+            x,
+            weight,
+            x_grad,
+            parts,
+            *walk.strides,
+            0 if weight is None else weight.stride(0),
+            walk.rows,
+            walk.n1,
+            walk.n2,
+            features,
+            *options,
+            BLOCK_R=launch.block_r,
+            BLOCK_D=launch.block_d,
+            STAGES=STAGES,
+            num_warps=launch.num_warps,
+        )
+        if parts is not None:
+            add_parts_kernel[(triton.cdiv(features, PARTS_BLOCK_D),)](
+                parts,
+                weight_grad,
+                num_programs,
+                features,
+                BLOCK_P=PARTS_BLOCK_P,
+                BLOCK_D=PARTS_BLOCK_D,
+            )
+
+
+def _walk_over(inputs: tuple[Tensor, ...], output: Tensor) -> tuple[tuple[Tensor, ...], Walk]:
+    """Return the walk, and the inputs, copied if their strides allow none."""
+    walk = plan_walk(output.shape, *(x.stride() for x in inputs), output.stride())
+    if walk is None:
+        inputs = tuple(torch.empty_like(output, dtype=x.dtype).copy_(x) for x in inputs)
+        walk = plan_walk(output.shape, *(x.stride() for x in inputs), output.stride())
+    assert walk is not None, "dense tensors of one layout have at most two leading dims"
+    return inputs, walk
+
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+torch.library.define(
+    "graphfuse::rms_norm",
+    "(Tensor x, Tensor? weight, float eps, float gain, float offset, str mode, "
+    "ScalarType normalized_dtype, ScalarType out_dtype) -> Tensor",
+    tags=_TAGS,
+)
+torch.library.define(
+    "graphfuse::rms_norm_backward",
+    "(Tensor grad, Tensor x, Tensor? weight, float eps, float gain, float offset, str mode, "
+    "bool need_weight) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gain: float,
+    offset: float,
+    mode: str,
+    normalized_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    y = torch.empty_like(x, dtype=out_dtype)
+    options = NormOptions(eps, gain, offset, mode)
+    if _launches(x, weight, out_dtype):
+        _launch_forward(x, weight, y, options, normalized_dtype)
+        return y
+    return y.copy_(rms_norm_reference(x, weight, *options, normalized_dtype, out_dtype))
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    gain: float,
+    offset: float,
+    mode: str,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    x_grad, weight_grad = _empty_gradients(x, weight, need_weight)
+    options = NormOptions(eps, gain, offset, mode)
+    if _launches(x, weight, grad.dtype):
+        wanted = weight_grad if weight is not None and need_weight else None
+        _launch_backward(grad, x, weight, x_grad, wanted, options)
+        return x_grad, weight_grad
+    grads = _differentiate(grad, x, weight, options)
+    x_grad.copy_(grads[0])
+    if weight is not None and need_weight:
+        weight_grad.copy_(grads[1])
+    return x_grad, weight_grad
+
+
+def _empty_gradients(x: Tensor, weight: Tensor | None, need_weight: bool) -> tuple[Tensor, Tensor]:
+    """Allocate the results of backward; that of weight has no elements if not needed."""
+    x_grad = torch.empty_like(x)
+    if weight is not None and need_weight:
+        return x_grad, torch.empty_like(weight)
+    return x_grad, (x if weight is None else weight).new_empty(0)
+
+
+torch.library.impl("graphfuse::rms_norm", "default", _forward)
+torch.library.impl("graphfuse::rms_norm_backward", "default", _backward)
+
+
+@torch.library.register_fake("graphfuse::rms_norm")
+def _(x, weight, eps, gain, offset, mode, normalized_dtype, out_dtype):
+    return torch.empty_like(x, dtype=out_dtype)
+
+
+@torch.library.register_fake("graphfuse::rms_norm_backward")
+def _(grad, x, weight, eps, gain, offset, mode, need_weight):
+    return _empty_gradients(x, weight, need_weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, *options, _, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.options = options
+
+
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        message = "create_graph: expected False, rms_norm has no second derivative, got True"
+        raise RuntimeError(message)
+    x, weight = ctx.saved_tensors
+    need_weight = weight is not None and ctx.needs_input_grad[1]
+    args = (x, weight, *ctx.options, need_weight)
+    x_grad, weight_grad = torch.ops.graphfuse.rms_norm_backward(grad, *args)
+    return x_grad, weight_grad if need_weight else None, *[None] * 6
+
+
+torch.library.register_autograd("graphfuse::rms_norm", _autograd, setup_context=_setup_context)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    gain: float = 1.0,
+    offset: float = 0.0,
+    mode: str = "inside",
+    normalized_dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Divide the last dim of `x` by its root mean square, then scale it by `weight`.
+
+        y = round(x * rstd) * (offset + weight)
+
+    Args:
+        x: (..., D), fp16, bf16, fp32 or fp64. Any strides; without a copy if its leading dims can
+            be seen as three, as those of heads cut out of one projection and transposed can.
+        weight: (D,), any of these dtypes, or None: then y = round(x * rstd).
+        eps: Positive; where it stands, see `mode`.
+        gain: Factor of `rstd`.
+        offset: Added to `weight`.
+        mode: What `rstd` is, of mean = mean(x ** 2, -1): "inside", gain / sqrt(mean + eps),
+            "outside", gain / (sqrt(mean) + eps), or "clamp", gain / max(sqrt(mean), eps).
+        normalized_dtype: Rounded to before the weight if it is fp16 or bf16.
+        out_dtype: Dtype of the result. Default: that of `x`.
+
+    Returns:
+        (..., D), of `out_dtype`, in the layout in memory that `torch.empty_like(x)` has.
+
+    Raises:
+        TypeError: A dtype is not one of those above.
+        ValueError: `weight` is not (D,), `x` has no dims, or `mode` is none of those above.
+
+    Numerics: fp32 inside (fp64 if anything is fp64), rounded to `normalized_dtype` and to
+    `out_dtype`. Gradients are rounded once, the weight's is summed in fp32, and they are the same
+    in every run. There is no second derivative.
+    Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
+    """
+    out_dtype = out_dtype or x.dtype
+    dtypes = {"x": x.dtype, "normalized_dtype": normalized_dtype, "out_dtype": out_dtype}
+    if weight is not None:
+        dtypes["weight"] = weight.dtype
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
+    if x.ndim == 0:
+        raise ValueError("x: expected at least 1 dimension, got 0")
+    if weight is not None and weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
+    options = (eps, gain, offset, mode, normalized_dtype, out_dtype)
+    y: Tensor = torch.ops.graphfuse.rms_norm(x, weight, *options)
+    return y

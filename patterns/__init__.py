@@ -1,0 +1,13 @@
+"""What graphfuse looks for: one file per fusion, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from graphfuse.match import Pattern
+from graphfuse.patterns import glu, linear_cross_entropy, rms_norm, rope
+
+CATALOGUE: tuple[Pattern, ...] = (
+    linear_cross_entropy.PATTERN,
+    rope.PATTERN,
+    rms_norm.PATTERN,
+    glu.PATTERN,
+)

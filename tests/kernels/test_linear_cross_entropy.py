@@ -1,0 +1,300 @@
+"""linear_cross_entropy against torch's linear and cross_entropy: numbers, chunks, autograd, memory, compilers.
+
+Without a GPU the kernel runs in Triton's interpreter on CPU tensors: `path` says what handles a chunk of logits.
+"""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphfuse.kernels import linear_cross_entropy as module
+from graphfuse.kernels._softmax_grad import LossOptions
+from graphfuse.kernels._token_chunks import chunk_tokens
+from graphfuse.kernels._triton import HAS_TRITON
+from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from graphfuse.testing import assert_no_worse
+
+TOKENS, FEATURES, VOCAB, CHUNK = 19, 24, 77, 8
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+REDUCTIONS = ["mean", "sum", "none"]
+PLAIN = LossOptions()
+EVERYTHING = LossOptions(label_smoothing=0.2, logit_scale=1.7, softcap=4.0, z_loss=1e-2)
+BOTH = pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))])
+def path(request, monkeypatch):
+    """The pass over the logits in torch operations, and as a kernel."""
+    monkeypatch.setattr(module, "_launches", lambda hidden, compute: request.param == "triton")
+    return request.param
+
+
+def skip_bf16_in_the_interpreter(dtype, path, device):
+    """It multiplies bf16 as bit patterns."""
+    if dtype == torch.bfloat16 and path == "triton" and device == "cpu":
+        pytest.skip("needs a CUDA GPU")
+
+
+def problem(device, dtype, options=PLAIN, tokens=TOKENS):
+    """Inputs in the order of the op: hidden, weight, bias, target, class_weight."""
+    hidden = torch.randn(tokens, FEATURES, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(VOCAB, FEATURES, device=device) * 0.3).to(dtype).requires_grad_()
+    target = torch.randint(0, VOCAB, (tokens,), device=device)
+    target[1::5] = options.ignore_index
+    if options is not EVERYTHING:
+        return hidden, weight, None, target, None
+    bias = torch.randn(VOCAB, device=device).to(dtype).requires_grad_()
+    return hidden, weight, bias, target, torch.rand(VOCAB, device=device) + 0.1
+
+
+def fused(options=PLAIN, reduction="mean", chunk=CHUNK):
+    def call(hidden, weight, bias, target, class_weight, logits_dtype=None):
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            target,
+            bias,
+            class_weight=class_weight,
+            reduction=reduction,
+            logits_dtype=logits_dtype,
+            chunk_size=chunk,
+            **options._asdict(),
+        )
+
+    return call
+
+
+def eager(options=PLAIN, reduction="mean"):
+    def call(hidden, weight, bias, target, class_weight, logits_dtype=None):
+        dtype = logits_dtype or hidden.dtype
+        return linear_cross_entropy_reference(hidden, weight, bias, target, class_weight, options, reduction, dtype)
+
+    return call
+
+
+def losses_and_grads(call, inputs):
+    loss = call(*inputs)
+    leaves = [leaf for leaf in inputs if leaf is not None and leaf.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss.sum(), leaves)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@BOTH
+def test_no_worse_than_eager(options, dtype, reduction, path, device):
+    skip_bf16_in_the_interpreter(dtype, path, device)
+    assert_no_worse(fused(options, reduction), eager(options, reduction), problem(device, dtype, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@BOTH
+def test_no_worse_than_an_upcast_loss(options, dtype, path, device):
+    """Eager upcasts logits that are rounded already, as models do."""
+    skip_bf16_in_the_interpreter(dtype, path, device)
+    assert_no_worse(fused(options), eager(options), (*problem(device, dtype, options), torch.float32))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@BOTH
+def test_reference_path_is_exact_in_float64(options, reduction, device):
+    inputs = problem(device, torch.float64, options)
+    found, expected = (losses_and_grads(make(options, reduction), inputs) for make in (fused, eager))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("tokens", [4096, 5000])
+def test_loss_is_good_to_five_digits(tokens, device):
+    inputs = problem(device, torch.float32, tokens=tokens)
+    expected = eager()(
+        *(value.double() if value is not None and value.is_floating_point() else value for value in inputs)
+    )
+    assert fused(chunk=0)(*inputs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "chunk"), [(1, 4), (3, 8), (8, 8), (9, 8), (16, 8), (7, 1), (5, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_do_not_matter(reduction, tokens, chunk, path, device):
+    inputs = problem(device, torch.float32, EVERYTHING, tokens)
+    assert_no_worse(fused(EVERYTHING, reduction, chunk), eager(EVERYTHING, reduction), inputs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_tokens(reduction, path, device):
+    inputs = problem(device, torch.float32, EVERYTHING, tokens=0)
+    found, expected = (losses_and_grads(make(EVERYTHING, reduction), inputs) for make in (fused, eager))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("reduction", "expected"), [("mean", math.nan), ("sum", 0.0)])
+def test_no_token_counts(reduction, expected, dtype, path, device):
+    inputs = problem(device, dtype, EVERYTHING)
+    inputs[3].fill_(-100)
+    loss, *grads = losses_and_grads(fused(EVERYTHING, reduction), inputs)
+    assert loss.item() == pytest.approx(expected, nan_ok=True)
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_tokens_have_no_gradient(reduction, path, device):
+    inputs = problem(device, torch.float32, EVERYTHING)
+    ignored = inputs[3] == -100
+    grad = losses_and_grads(fused(EVERYTHING, reduction), inputs)[1]
+    assert not grad[ignored].any()
+    assert grad[~ignored].any(1).all()
+
+
+@pytest.mark.parametrize("wrong", [VOCAB, -1, 2**40])
+def test_target_out_of_range_raises_on_cpu(wrong):
+    hidden, weight, _, target, _ = problem("cpu", torch.float32)
+    target[4] = wrong
+    with pytest.raises(IndexError, match=rf"target: expected classes in \[0, {VOCAB}\) or -100, got {wrong}"):
+        linear_cross_entropy(hidden, weight, target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_accepts_any_strides(reduction, path, device):
+    _, weight, _, target, _ = problem(device, torch.float32)
+    hidden = torch.randn(TOKENS, 2, FEATURES, device=device)[:, 1].requires_grad_()
+    weight = weight.detach().t().contiguous().t().requires_grad_()
+    inputs = (hidden, weight, None, target.repeat_interleave(2)[::2], None)
+    assert_no_worse(fused(reduction=reduction), eager(reduction=reduction), inputs)
+    assert losses_and_grads(fused(reduction=reduction), inputs)[2].stride() == weight.stride()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_keeps_the_shape_of_the_tokens(reduction, path, device):
+    hidden, weight, _, target, _ = problem(device, torch.float32, tokens=15)
+    expected = losses_and_grads(fused(reduction=reduction), (hidden, weight, None, target, None))
+    loss = linear_cross_entropy(
+        hidden.reshape(3, 5, FEATURES), weight, target.reshape(3, 5).int(), reduction=reduction, chunk_size=CHUNK
+    )
+    assert loss.shape == ((3, 5) if reduction == "none" else ())
+    assert torch.equal(loss.reshape(expected[0].shape), expected[0])
+    assert torch.equal(torch.autograd.grad(loss.sum(), hidden)[0], expected[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_is_deterministic(reduction, path, device):
+    inputs = problem(device, torch.float32, EVERYTHING)
+    first, second = (losses_and_grads(fused(EVERYTHING, reduction), inputs) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("trained", [[0], [1], [2], [0, 2]], ids=str)
+def test_frozen_inputs_get_no_gradient(trained, reduction, path, device):
+    inputs = problem(device, torch.float32, EVERYTHING)
+    whole = losses_and_grads(fused(EVERYTHING, reduction), inputs)[1:]
+    for index in {0, 1, 2} - set(trained):
+        inputs[index].requires_grad_(False)
+    fused(EVERYTHING, reduction)(*inputs).sum().backward()
+    for index in range(3):
+        grad = inputs[index].grad
+        assert torch.equal(grad, whole[index]) if index in trained else grad is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_adds_twice(reduction, path, device):
+    """A retained graph keeps its gradients as they were, whatever upstream gradient came first."""
+    inputs = problem(device, torch.float32)
+    loss = fused(reduction=reduction)(*inputs).sum()
+    once = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+    thrice = torch.autograd.grad(loss * 3, inputs[:2], retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(thrice, tuple(grad * 3 for grad in once))
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(inputs, once, strict=False))
+
+
+def test_freed_graph_scales_in_place(path, device):
+    """No second tensor of the weight's size is made where nobody can ask for the first again."""
+    inputs = problem(device, torch.float32)
+    loss = fused()(*inputs)
+    saved = [tensor.data_ptr() for tensor in loss.grad_fn.saved_tensors[:2]]
+    with Watch() as watch:
+        loss.backward(torch.tensor(3.0, device=device))
+    assert [leaf.grad.data_ptr() for leaf in inputs[:2]] == saved
+    assert not {"zeros", "zeros_like", "mul", "clone"} & set(watch.ops)
+
+
+def test_half_precision_does_not_underflow(device):
+    """1/count times a small gradient is below fp16; the loss scale that lifts it comes only in backward."""
+    inputs = problem(device, torch.float16, tokens=4096)
+    with torch.no_grad():
+        inputs[1].mul_(1e-3)
+
+    def scaled(call):
+        return lambda *inputs: call(*inputs) * 2.0**12
+
+    assert_no_worse(scaled(fused(chunk=1024)), scaled(eager()), (*inputs, torch.float32))
+
+
+def test_tied_weight_sums_its_gradients(path, device):
+    _, weight, _, target, _ = problem(device, torch.float32)
+    tokens = torch.randint(0, VOCAB, (TOKENS,), device=device)
+
+    def tied(call):
+        return lambda weight: call(functional.embedding(tokens, weight).tanh(), weight, None, target, None)
+
+    assert_no_worse(tied(fused()), tied(eager()), (weight,))
+
+
+class Watch(TorchDispatchMode):
+    """Keeps what ran, the size of the largest floating-point storage that was made, and the flags of the op."""
+
+    largest = 0
+    needs = None
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.overloadpacket.__name__)
+        if func is torch.ops.graphfuse.linear_cross_entropy.default:
+            self.needs = args[-3:]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@BOTH
+def test_logits_never_exist_as_a_whole(options, reduction, path, device):
+    """Calls what the ops run, since a mode does not look inside an op."""
+    tokens, features, vocab, chunk = 64, 4, 256, 8
+    hidden, weight = torch.randn(tokens, features, device=device), torch.randn(vocab, features, device=device)
+    vectors = (hidden, weight, hidden.new_zeros(vocab), torch.arange(tokens, device=device), hidden.new_ones(vocab))
+    with Watch() as watch:
+        module._forward(*vectors, -100, reduction, *options[1:], torch.float32, chunk, True, True, True)
+        module._backward(hidden.new_ones(tokens), *vectors, *options, chunk, True, True, True)
+    assert chunk * vocab <= watch.largest < tokens * vocab // 4
+
+
+def test_no_grad_computes_no_gradients(path, device):
+    inputs = problem(device, torch.float32)
+    with torch.no_grad(), Watch() as watch:
+        loss = fused()(*inputs)
+    assert watch.needs == (False, False, False)
+    torch.testing.assert_close(loss, eager()(*inputs).detach())
+
+
+def test_chunk_size_follows_from_the_budget():
+    def chosen(tokens, vocab, itemsize=2, on_cpu=False):
+        return chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)
+
+    assert chosen(16384, 128256) == 2048
+    assert chosen(16384, 151936) == 1664  # ten equal chunks, not nine and a rest
+    assert chosen(16384, 128256, itemsize=4) == 1024
+    assert chosen(16384, 1_000_000) == 1024
+    assert chosen(16384, 32000) == 8192
+    assert chosen(65536, 128256) == 4096  # sixteen chunks at most
+    assert chosen(2**20, 128256) == 8192  # and no chunk over this
+    assert chosen(700, 128256) == 700
+    assert chosen(0, 128256) == 1
+    assert chosen(4096, 128256, itemsize=4, on_cpu=True) == 64

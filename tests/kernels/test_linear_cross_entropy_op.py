@@ -1,0 +1,163 @@
+"""linear_cross_entropy as an op of torch: opcheck, compilers, autocast, errors, and a GPU that is never waited for."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from graphfuse.kernels._softmax_grad import LossOptions
+from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy
+
+EVERYTHING = LossOptions(label_smoothing=0.2, logit_scale=1.7, softcap=4.0, z_loss=1e-2)
+
+
+def problem(device="cpu", dtype=torch.float32, tokens=19, features=24, vocab=77):
+    """Hidden, weight, bias that require grad; target and class weights."""
+    hidden, weight, bias = (
+        torch.randn(shape, device=device) for shape in ((tokens, features), (vocab, features), vocab)
+    )
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in (hidden, weight * 0.3, bias)]
+    target = torch.randint(0, vocab, (tokens,), device=device)
+    target[1::5] = -100
+    return *leaves, target, torch.rand(vocab, device=device) + 0.1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("optional", [False, True], ids=["plain", "everything"])
+def test_opcheck(optional, reduction):
+    hidden, weight, bias, target, class_weight = problem()
+    tensors = (hidden, weight, bias, target, class_weight) if optional else (hidden, weight, None, target, None)
+    options = EVERYTHING if optional else LossOptions()
+    needs = (True, True, optional)
+    torch.library.opcheck(
+        torch.ops.graphfuse.linear_cross_entropy.default,
+        (*tensors, -100, reduction, *options[1:], torch.float32, 8, *needs),
+    )
+    detached = (None if tensor is None else tensor.detach() for tensor in tensors)
+    torch.library.opcheck(
+        torch.ops.graphfuse.linear_cross_entropy_backward.default, (torch.randn(19), *detached, *options, 8, *needs)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles(dynamic, reduction, dtype, device):
+    def step(hidden, weight, bias, target, class_weight):
+        options = {**EVERYTHING._asdict(), "class_weight": class_weight, "chunk_size": 8}
+        return linear_cross_entropy(hidden * 2, weight, target, bias, reduction=reduction, **options).sum() * 3
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    inputs = problem(device, dtype)
+    found, expected = (call(*inputs) for call in (compiled, step))
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs[:3]), torch.autograd.grad(expected, inputs[:3]))
+
+
+def test_follows_autocast(device):
+    hidden, weight, bias, target, _ = problem(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target, bias)
+        expected = functional.cross_entropy(functional.linear(hidden, weight, bias), target)
+    assert loss.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    leaves = (hidden, weight, bias)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
+
+
+def test_missing_flag_raises(device):
+    """A caller of the op that forgot a gradient hears of it."""
+    hidden, weight, _, target, _ = problem(device)
+    options = (-100, "mean", *LossOptions()[1:], torch.float32, 0)
+    outputs = torch.ops.graphfuse.linear_cross_entropy(hidden, weight, None, target, None, *options, True, False, False)
+    assert [output.shape for output in outputs] == [(), hidden.shape, (0,), (0,)]
+    assert not any(output.requires_grad for output in outputs[1:])
+    with pytest.raises(RuntimeError, match=r"need_weight_grad: expected True .*, got False"):
+        outputs[0].backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_raises(reduction, device):
+    hidden, weight, _, target, _ = problem(device)
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="create_graph: expected False"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"hidden": torch.zeros(5, 4).int()}, TypeError, r"hidden: expected fp16, bf16, fp32 or fp64, got torch.int32"),
+        ({"hidden": torch.tensor(0.0)}, ValueError, r"hidden: expected at least 1 dimension, got 0"),
+        ({"weight": torch.zeros(7, 3)}, ValueError, r"weight: expected shape \(V, 4\), got \(7, 3\)"),
+        ({"weight": torch.zeros(7)}, ValueError, r"weight: expected shape \(V, 4\), got \(7,\)"),
+        ({"weight": torch.zeros(7, 4).half()}, TypeError, r"weight: expected torch.float32, .* got torch.float16"),
+        ({"target": torch.zeros(5)}, TypeError, r"target: expected int64 or int32, got torch.float32"),
+        ({"target": torch.zeros(6).long()}, ValueError, r"target: expected shape \(5,\), got \(6,\)"),
+        ({"bias": torch.zeros(6)}, ValueError, r"bias: expected shape \(7,\), got \(6,\)"),
+        ({"bias": torch.zeros(7).half()}, TypeError, r"bias: expected torch.float32, .* got torch.float16"),
+        ({"class_weight": torch.zeros(7, 1)}, ValueError, r"class_weight: expected shape \(7,\), got \(7, 1\)"),
+        ({"class_weight": torch.zeros(7).long()}, TypeError, r"class_weight: expected fp16, .* got torch.int64"),
+        ({"reduction": "max"}, ValueError, r"reduction: expected one of mean, sum, none, got max"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
+        ({"softcap": -1.0}, ValueError, r"softcap: expected 0 or a positive number, got -1.0"),
+        ({"chunk_size": -1}, ValueError, r"chunk_size: expected 0 or a number of tokens, got -1"),
+        ({"logits_dtype": torch.int8}, TypeError, r"logits_dtype: expected fp16, .* got torch.int8"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_rejects(change, error, message):
+    arguments = {"hidden": torch.zeros(5, 4), "weight": torch.zeros(7, 4), "target": torch.zeros(5).long()}
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**(arguments | change))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_never_waits_for_the_gpu(reduction):
+    """Forward and backward run with host syncs forbidden, and replay from a CUDA graph on new inputs."""
+    hidden, weight, bias, target, class_weight = problem("cuda", torch.bfloat16, tokens=64, features=64, vocab=1001)
+    options = {**EVERYTHING._asdict(), "class_weight": class_weight, "chunk_size": 24, "reduction": reduction}
+
+    def step():
+        loss = linear_cross_entropy(hidden, weight, target, bias, **options)
+        return loss.detach(), *torch.autograd.grad(loss.sum() * 3, (hidden, weight, bias))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    with torch.no_grad():
+        hidden.copy_(torch.randn_like(hidden))
+        target.copy_(torch.randint(0, 1001, (64,)))
+    graph.replay()
+    assert all(map(torch.equal, replayed, step()))
+
+
+@pytest.mark.gpu
+def test_memory_is_one_chunk_and_the_gradients():
+    """The weight's twice: their sum over the chunks is fp32."""
+    tokens, features, vocab, chunk = 8192, 256, 65536, 512
+    hidden, weight, _, target, _ = problem("cuda", torch.bfloat16, tokens, features, vocab)
+
+    def step():
+        hidden.grad = weight.grad = None
+        linear_cross_entropy(hidden, weight, target, chunk_size=chunk).backward()
+
+    step()
+    hidden.grad = weight.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    expected = 2 * hidden.numel() + (4 + 2) * weight.numel() + 2 * chunk * vocab
+    assert torch.cuda.max_memory_allocated() - before <= 1.1 * expected

@@ -1,0 +1,33 @@
+"""The examples run, alone and from anywhere."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name, *options, cwd):
+    command = [sys.executable, ROOT / "examples" / name, *options]
+    environment = os.environ | {"COLUMNS": "140"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_rewrites_and_reports(tmp_path):
+    out = run("quickstart.py", cwd=tmp_path)
+    assert out.startswith("loss ")
+    assert "model.layers.{0-1}.input_layernorm" in out
+
+
+def test_demo_compares_two_models(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = run("demo.py", "--steps=2", "--inner=aot_eager", f"--out={tmp_path}", cwd=tmp_path)
+    assert out.count("loss, step by step") == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"demo.png", "llama.json", "gemma3.json"}

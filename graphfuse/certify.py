@@ -94,7 +94,7 @@ class _Proof:
                 free.update(leaf.shape[:-1])
             else:
                 free.update(size for size in leaf.shape if size in self.match.scalable)
-            if not leaf.dtype.is_floating_point:
+            if _counts(leaf):
                 free.update(leaf.shape)
         later = {size for value in self.prefix for size in value.shape[:-1]}
         for size in list(free):  # a flattened batch: its factors appear further on
@@ -103,7 +103,7 @@ class _Proof:
 
     def _small(self, leaf: Value) -> tuple[int, ...]:
         shape = leaf.shape
-        whole = not leaf.dtype.is_floating_point or (shape and shape[-1] in self.match.scalable)
+        whole = _counts(leaf) or (shape and shape[-1] in self.match.scalable)
         last = len(shape) if whole else len(shape) - 1
         return tuple(self.sizes.get(s, s) if k < last else s for k, s in enumerate(shape))
 
@@ -121,7 +121,7 @@ class _Proof:
         same = self._compare_exact(drawn)
         if same is not None:
             return same
-        if all(not leaf.dtype.is_floating_point or leaf.dtype == torch.float64 for leaf in self.leaves):
+        if all(_counts(leaf) or leaf.dtype == torch.float64 for leaf in self.leaves):
             return None
         return self._compare_real(drawn, device)
 
@@ -228,6 +228,11 @@ class _Proof:
                     f"{str(a.dtype).removeprefix('torch.')}, got {our_error:.1e}"
                 )
         return None
+
+
+def _counts(leaf: Value) -> bool:
+    """Whether the leaf holds integers (labels, positions), whose last dimension is as free as the others."""
+    return not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
 
 
 def _error(got: Tensor, truth: Tensor) -> float:

@@ -31,6 +31,7 @@ Scalar: TypeAlias = str | int | float | bool | None
 SCHEMA_VERSION = 1  # of to_dict(); goes up when a key changes its name or meaning
 
 MAX_RANGES = 4  # of layer numbers, before the middle ones are left out of a line
+OTHER_COLUMNS = 90  # characters that a table needs beside the module paths
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         groups = _grouped(self.current)
         if groups:
-            yield _table(groups)
+            yield _table(groups, options.max_width)
         yield Text(self._totals(), style="bold")
         for note in self.notes:
             yield Text(f"note: {note}", style="yellow")
@@ -173,19 +174,21 @@ def _grouped(sites: list[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
-def _table(groups: list[list[Site]]) -> Table:
+def _table(groups: list[list[Site]], width: int) -> Table:
+    modules = [collapse(site.module for site in group) or "(root)" for group in groups]
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("pattern", no_wrap=True)
-    table.add_column("modules", overflow="fold")
+    # A path is kept on one line where that leaves the other columns room.
+    table.add_column("modules", overflow="fold", no_wrap=max(map(len, modules)) <= width - OTHER_COLUMNS)
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("variant, or reason", overflow="fold")
     table.add_column("source", no_wrap=True)
-    for group in groups:
+    for group, module in zip(groups, modules, strict=True):
         site = group[0]
         table.add_row(
             site.pattern,
-            Text(collapse(site.module for site in group) or "(root)"),
+            Text(module),
             str(len(group)),
             Text(site.status, style="green" if site.status == "rewritten" else "yellow"),
             Text(site.reason or site.variant),

@@ -93,7 +93,7 @@ def _match(output: Value, shadow: Shadow) -> Match | Refusal | None:
         if split is None:
             continue
         tables = split
-        x = _source(output, tables)
+        x = _source(output, tables, len(products))
         if x is None or x in tables:
             continue
         x = _shaped_like(x, output)
@@ -193,19 +193,17 @@ def _nearest_common(values: list[Value]) -> Value:
     return _untouched(frontier.pop())
 
 
-def _source(output: Value, tables: tuple[Value, ...]) -> Value | None:
+def _source(output: Value, tables: tuple[Value, ...], products: int) -> Value | None:
     """The value nearest to the output that all of it comes from, tables aside."""
-    roots = {_root(table) for table in tables}
     frontier, opened = {output}, 0
     while True:
         value = max(frontier, key=lambda v: v.index)
-        if len(frontier) == 1 and opened and value.op not in SUMS | PRODUCTS:
+        if len(frontier) == 1 and opened == products:
             return value
         frontier.remove(value)
         if value.op in PRODUCTS:
             opened += 1
-            data = [o for o in value.operands() if _root(o) not in roots or o.tensor.dim() == output.tensor.dim()]
-            data = [o for o in data if not _derives(o, tables)]
+            data = [operand for operand in value.operands() if not _derives(operand, tables)]
             if len(data) != 1:
                 return None
             frontier.update(data)

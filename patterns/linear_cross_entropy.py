@@ -100,7 +100,7 @@ def _match(loss: Value, shadow: Shadow) -> Match:
         },
         variant=", ".join([*words, short(hidden.dtype)]),
         covers=COVERS,
-        samplers={2: _sampler(vocabulary, int(ignore_index))},
+        samplers={0: _normal, 1: _normal, 2: _sampler(vocabulary, int(ignore_index))},
         scalable=frozenset({vocabulary, hidden.shape[-1]}),
     )
 
@@ -192,6 +192,13 @@ def _check_private(loss: Value, inputs: list[Value], shadow: Shadow) -> None:
         for user in value.users:
             if user not in inside and not (user.op is loss.op and user.output == 1):
                 raise _Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}")
+
+
+def _normal(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> Tensor:
+    """Logits of everyday size: at extreme ones, only the conditioning of the softmax would be compared."""
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def _sampler(vocabulary: int, ignore_index: int) -> Any:

@@ -3,6 +3,7 @@
 Without a GPU the kernels run in Triton's interpreter on CPU tensors: `path` says what computes.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -26,6 +27,7 @@ OPTIONS = {
     "gain": {"gain": 0.3, "offset": -0.5},
     "outside": {"mode": "outside", "eps": 0.1},
     "clamp": {"mode": "clamp", "eps": 0.9},
+    "no eps": {"eps": 0.0},
 }
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
@@ -318,9 +320,8 @@ def test_compiles(dynamic, path, device):
     def step(x, weight):
         return rms_norm((x * 2).transpose(1, 2), weight, normalized_dtype=FP16, mode="clamp") * 3
 
-    inputs = problem((2, 3, 5, 16), FP16, device)
+    inputs, grad = problem((2, 3, 5, 16), FP16, device), torch.randn(2, 5, 3, 16, device=device).half()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    grad = torch.randn(2, 5, 3, 16, device=device).half()
     found, expected = (run(call, *inputs, grad=grad) for call in (compiled, step))
     assert all(map(torch.equal, found, expected))
 
@@ -379,9 +380,7 @@ def test_never_waits_for_the_gpu():
     """Forward and backward run with host syncs forbidden, and replay from a CUDA graph on new inputs."""
     x, weight = problem((64, 4096), BF16, "cuda")
 
-    def step():
-        return run(fused(), x, weight)
-
+    step = functools.partial(run, fused(), x, weight)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

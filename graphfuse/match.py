@@ -114,6 +114,18 @@ def strip(value: Value) -> Value:
     return value
 
 
+def unrounded(value: Value) -> Value:
+    """The value before copies, and before casts that lost nothing: what an op that computes in fp32 may read."""
+    while value.op in IDENTITIES or (is_cast(value) and not narrows(value)):
+        value = value.args[0]
+    return value
+
+
+def narrows(value: Value) -> bool:
+    """Whether the value is a cast to a dtype of fewer bits, and so a rounding."""
+    return is_cast(value) and value.dtype.itemsize < value.args[0].dtype.itemsize
+
+
 def number(item: Any) -> float | None:
     """A Python number, a symbolic one by its hint, or `None` for everything else."""
     item = hint(item)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint
 from graphfuse.kernels.glu import glu_reference
-from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, is_cast, number, short
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, number, short
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
@@ -115,7 +115,7 @@ def _match(value: Value, shadow: Shadow) -> Match | Refusal | None:
 
 
 def _variables(value: Value) -> list[Value]:
-    """The values of which `value` is a pointwise function of one variable, deepest first, itself included."""
+    """The values of which `value` is a pointwise function, deepest first, itself included."""
     points: list[Value] = []
     frontier = {value}
     for _ in range(24):
@@ -128,7 +128,9 @@ def _variables(value: Value) -> list[Value]:
             break
         frontier.remove(latest)
         frontier.update(operands)
-    return points[::-1]
+    # A value that is rounded before anything else happens to it is not the variable: its rounding is.
+    rounded = {id(point.args[0]) for point in points if narrows(point)}
+    return [point for point in points[::-1] if id(point) not in rounded]
 
 
 def _is_projection(value: Value, depth: int = 12) -> bool:
@@ -225,7 +227,7 @@ def _build(value: Value, gate: Value, up: Value, gate_form: Gate, up_form: Up, s
     up_limit, up_offset = up_form
     output = value
     user = shadow.sole_user(value)
-    if user is not None and is_cast(user) and user.dtype.itemsize < value.dtype.itemsize:
+    if user is not None and narrows(user) and user in shadow.node_of:
         output = user
     words = [f"{activation}({alpha:g})" if activation == "swish" else activation]
     if gate_max < math.inf or up_limit < math.inf:

@@ -31,10 +31,12 @@ from graphfuse.match import (
     argument,
     is_cast,
     is_last,
+    narrows,
     number,
     scalar,
     short,
     strip,
+    unrounded,
 )
 from graphfuse.shadow import Shadow, Value
 
@@ -230,33 +232,33 @@ def _meet(value: Value, statistics: dict[Value, Statistic], shadow: Shadow) -> I
 def _with_weight(core: Value, statistic: Statistic, shadow: Shadow) -> Match:
     """Extend the bare norm over the casts, constant factors and the weight that follow it."""
     gain, weight, offset = statistic.gain, None, 0.0
-    normalized_dtype, output = core.dtype, core
+    normalized_dtype = core.dtype
+    best = (core, gain, weight, offset, normalized_dtype)  # as far as the result of a graph node
     value = core
     while (user := shadow.sole_user(value)) is not None:
         if is_cast(user):
-            narrows = user.dtype.itemsize < value.dtype.itemsize
-            if narrows and weight is None:
+            if narrows(user) and weight is None:
                 normalized_dtype = user.dtype
-            if narrows:
-                output = user
-            value = user
-            continue
-        if user.op not in MUL or len(user.args) != 2:
-            break
-        factor = user.args[0] if user.args[1] is value else user.args[1]
-        constant = scalar(factor)
-        if constant is not None and weight is None and value.dtype == core.dtype:
-            gain *= constant
-        elif weight is None and isinstance(factor, Value) and user.shape == core.shape:
-            found = _weight(factor, statistic.width)
-            if found is None:
+            ends_here = narrows(user)
+        elif user.op in MUL and len(user.args) == 2:
+            factor = user.args[0] if user.args[1] is value else user.args[1]
+            constant = scalar(factor)
+            found = _weight(factor, statistic.width) if isinstance(factor, Value) else None
+            if constant is not None and weight is None and value.dtype == core.dtype:
+                gain *= constant
+            elif found is not None and weight is None and user.shape == core.shape:
+                weight, offset = found
+                normalized_dtype = value.dtype
+            else:
                 break
-            weight, offset = found
-            normalized_dtype = value.dtype
+            ends_here = True
         else:
             break
-        value = output = user
-    x = strip(statistic.x)
+        value = user
+        if ends_here and (value in shadow.node_of or best[0] not in shadow.node_of):
+            best = (value, gain, weight, offset, normalized_dtype)
+    output, gain, weight, offset, normalized_dtype = best
+    x = unrounded(statistic.x)
     params = {
         "eps": statistic.eps,
         "gain": gain,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint, small_sizes
 from graphfuse.kernels.rope import rope_reference
-from graphfuse.match import CASTS, IDENTITIES, INDEXING, Match, Pattern, Refusal, short, strip
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, short, strip, unrounded
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
@@ -48,7 +48,8 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     for anchor in shadow.values:
         if anchor in done or not _is_anchor(anchor):
             continue
-        for output in reversed(_outward(anchor, shadow)):
+        chain = _outward(anchor, shadow)
+        for output in reversed([value for value in chain if value in shadow.node_of] or chain[:1]):
             found = _match(output, shadow)
             if found is not None:
                 done.update(shadow.cone([output], found.inputs if isinstance(found, Match) else [anchor]))
@@ -167,7 +168,7 @@ def _split(products: Iterable[Value], data_root: Value) -> tuple[Value, ...] | N
     for operand in operands:
         by_root.setdefault(_root(operand), []).append(operand)
     if len(by_root) == 1 and len(operands) == 2:
-        return tuple(_untouched(operand) for operand in operands)
+        return tuple(unrounded(operand) for operand in operands)
     if len(by_root) > 2:
         return None
     groups = list(by_root.values())
@@ -176,21 +177,16 @@ def _split(products: Iterable[Value], data_root: Value) -> tuple[Value, ...] | N
     return tuple(_nearest_common(group) for group in groups)
 
 
-def _untouched(value: Value) -> Value:
-    """The value before casts, which the op makes itself."""
-    return strip(value)
-
-
 def _nearest_common(values: list[Value]) -> Value:
     """The value nearest to all of `values` of which each is a rearrangement."""
     if len(values) == 1:
-        return _untouched(values[0])
+        return unrounded(values[0])
     frontier = set(values)
     while len(frontier) > 1:
         value = max(frontier, key=lambda v: v.index)
         frontier.remove(value)
         frontier.update(value.operands())
-    return _untouched(frontier.pop())
+    return unrounded(frontier.pop())
 
 
 def _source(output: Value, tables: tuple[Value, ...], products: int) -> Value | None:
@@ -229,9 +225,7 @@ def _shaped_like(x: Value, output: Value) -> Value | None:
         if x.op not in INDEXING | CASTS | COMPLEX_VIEWS:
             return None
         x = x.args[0]
-    while x.op in CASTS | IDENTITIES and x.args[0].dtype.is_floating_point:
-        x = x.args[0]
-    return x
+    return unrounded(x)
 
 
 def _identify(output: Value, x: Value, tables: tuple[Value, ...], shadow: Shadow) -> Convention | None:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,7 @@ TEXT = ROOT / "examples" / "data" / "alice.txt"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BATCH, LENGTH = (64, 512) if DEVICE == "cuda" else (8, 128)
+LOG_WIDTH = 140  # characters, where the output is no terminal
 
 SIZE = {
     "vocab_size": 320,  # 256 bytes, padded to a multiple of 64
@@ -222,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"torch {torch.__version__}, {where}, {DTYPE}")
     console.print(f"{BATCH} x {LENGTH} tokens a step, rewritten graphs compiled by {options.inner}")

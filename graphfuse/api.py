@@ -55,9 +55,10 @@ def optimize(
         model.compile(backend="graphfuse", dynamic=dynamic, fullgraph=fullgraph, options=options)
         return model
     backend = Backend(config)
-    compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
-    compiled.__graphfuse_backend__ = backend  # type: ignore[attr-defined]
-    return compiled
+    compiled: Any = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
+    compiled.__graphfuse_backend__ = backend
+    result: Compilable = compiled
+    return result
 
 
 def report(model: Callable[..., Any]) -> Report:

@@ -12,14 +12,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dynamo.exc import TorchDynamoException
 
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.inner import compile_inner
-from graphfuse.match import Match, Pattern, Refusal
+from graphfuse.match import Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
 from graphfuse.record import GraphRecord, keep
 from graphfuse.rewrite import rewrite
@@ -150,6 +149,3 @@ def _duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:
             if isinstance(body, fx.GraphModule):
                 twin.set_submodule(name, _duplicate(body))
     return twin
-
-
-__all__ = ["Backend", "Match", "compile_graph", "graphfuse", "pattern_names", "rewrite_graph"]

@@ -81,9 +81,7 @@ def _lead_in(match: Match, shadow: Shadow) -> tuple[list[Value], list[Value]]:
 class _Proof:
     """One region and one replacement, run side by side."""
 
-    def __init__(
-        self, match: Match, region: list[Value], prefix: list[Value], leaves: list[Value]
-    ) -> None:
+    def __init__(self, match: Match, region: list[Value], prefix: list[Value], leaves: list[Value]) -> None:
         self.match, self.region, self.prefix, self.leaves = match, region, prefix, leaves
         self.sizes = self._sizes()
 
@@ -147,10 +145,9 @@ class _Proof:
             drawn.append(small)
         return drawn
 
-    def _both(
-        self, drawn: Sequence[Tensor], *, exact: bool, device: torch.device
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _both(self, drawn: Sequence[Tensor], *, exact: bool, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of the region, then those of the replacement."""
+
         def once(run: Callable[[dict[Value, Tensor]], Sequence[Tensor]]) -> list[Tensor]:
             starts = []
             for leaf, tensor in zip(self.leaves, drawn, strict=True):
@@ -168,9 +165,7 @@ class _Proof:
             generator = torch.Generator().manual_seed(1)
             upstream = [torch.randn(o.shape, generator=generator).to(v.dtype).to(o) for o, v in ends]
             grads = torch.autograd.grad([o for o, _ in ends], wanted, upstream, allow_unused=True)
-            return results + [
-                torch.zeros_like(s) if g is None else g for g, s in zip(grads, wanted, strict=True)
-            ]
+            return results + [torch.zeros_like(s) if g is None else g for g, s in zip(grads, wanted, strict=True)]
 
         def region(known: dict[Value, Tensor]) -> Sequence[Tensor]:
             results = evaluate(self.region, known, exact=exact, device=device, sizes=self.sizes)

@@ -196,6 +196,7 @@ def roots(value: Value) -> list[Value]:
         chain.append(chain[-1].args[0])
     return chain
 
+
 def fingerprint(values: Sequence[Value], leaves: Sequence[Value]) -> tuple[Any, ...]:
     """What a region computes and on what, hashable: equal regions of a graph have equal fingerprints."""
     number = {value: k for k, value in enumerate([*leaves, *values])}

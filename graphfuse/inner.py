@@ -25,11 +25,11 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
             patches = {**torch._inductor.list_mode_options(config.mode), **patches}
         user = torch._inductor.config.joint_custom_pre_pass
         patches["joint_custom_pre_pass"] = Salt(user)
-        compiled: Callable[..., Any] = compile_fx(graph_module, example_inputs, config_patches=patches)
-        return compiled
-    backend = torch._dynamo.lookup_backend(config.inner)
-    compiled = backend(graph_module, list(example_inputs))
-    return compiled
+        compiled: Any = compile_fx(graph_module, example_inputs, config_patches=patches)
+    else:
+        compiled = torch._dynamo.lookup_backend(config.inner)(graph_module, list(example_inputs))
+    result: Callable[..., Any] = compiled
+    return result
 
 
 class Salt(CustomGraphPass):

@@ -31,7 +31,7 @@ class GraphRecord:
     def add(self, found: Match | Refusal) -> None:
         """Note a rewritten match or a refusal."""
         node = found.anchor.node
-        place = {"module": module_path(node), "source": source_line(node), "graph": self.graph}
+        place: dict[str, Any] = {"module": module_path(node), "source": source_line(node), "graph": self.graph}
         covers = dict(found.covers)
         if isinstance(found, Refusal):
             self.sites.append(Site(found.pattern, "refused", reason=found.reason, covers=covers, **place))

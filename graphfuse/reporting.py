@@ -32,6 +32,7 @@ SCHEMA_VERSION = 1  # of to_dict(); goes up when a key changes its name or meani
 
 MAX_RANGES = 4  # of layer numbers, before the middle ones are left out of a line
 OTHER_COLUMNS = 90  # characters that a table needs beside the module paths
+SOURCE_WIDTH = 120  # characters below which a table leaves the source out
 
 
 @dataclass(frozen=True)
@@ -183,17 +184,19 @@ def _table(groups: list[list[Site]], width: int) -> Table:
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("variant, or reason", overflow="fold")
-    table.add_column("source", no_wrap=True)
+    if width >= SOURCE_WIDTH:
+        table.add_column("source", no_wrap=True)
     for group, module in zip(groups, modules, strict=True):
         site = group[0]
-        table.add_row(
+        status = Text(site.status, style="green" if site.status == "rewritten" else "yellow")
+        cells: list[str | Text] = [
             site.pattern,
             Text(module),
             str(len(group)),
-            Text(site.status, style="green" if site.status == "rewritten" else "yellow"),
+            status,
             Text(site.reason or site.variant),
-            Text(_short(site.source)),
-        )
+        ]
+        table.add_row(*cells, *([Text(_short(site.source))] if width >= SOURCE_WIDTH else []))
     return table
 
 

@@ -101,10 +101,7 @@ def _commit(match: Match, shadow: Shadow) -> str | None:
         proxies = [fx.Proxy(node, tracer) for node in inputs]
         result = match.replacement(*proxies, **match.params)
         results = result if isinstance(result, (tuple, list)) else [result]
-        new = [
-            _same_layout(proxy, node, value)
-            for proxy, node, value in zip(results, old, match.outputs, strict=True)
-        ]
+        new = [_same_layout(proxy, node, value) for proxy, node, value in zip(results, old, match.outputs, strict=True)]
     _describe(before, min(old))
     for node, proxy, value in zip(old, new, match.outputs, strict=True):
         proxy.node.meta.update({k: v for k, v in node.meta.items()})

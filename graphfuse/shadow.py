@@ -116,7 +116,7 @@ class Shadow:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, shadow: Shadow) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shadow = shadow
         self.node: fx.Node | None = None
         self.current: dict[int, tuple[Value, int]] = {}  # id(tensor) -> value, version of its storage
@@ -246,9 +246,7 @@ def record(graph_module: fx.GraphModule, example_inputs: Iterable[Any] = ()) -> 
     mode = next((e.fake_mode for e in examples if isinstance(e, FakeTensor)), None)
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        examples = [
-            mode.from_tensor(value) if isinstance(value, Tensor) else value for value in example_inputs
-        ]
+        examples = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in example_inputs]
     shadow = Shadow(graph_module)
     recorder = _Recorder(shadow)
     replay = _Replay(graph_module, recorder)

@@ -194,17 +194,13 @@ def _check_private(loss: Value, inputs: list[Value], shadow: Shadow) -> None:
                 raise _Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}")
 
 
-def _normal(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
-) -> Tensor:
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
     """Logits of everyday size: at extreme ones, only the conditioning of the softmax would be compared."""
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def _sampler(vocabulary: int, ignore_index: int) -> Any:
-    def sample(
-        shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> Tensor:
+    def sample(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
         classes = min(vocabulary, 3)  # no fewer than the smallest stand-in for a vocabulary
         target = torch.randint(classes, shape, generator=generator, device=device, dtype=dtype)
         ignored = torch.rand(shape, generator=generator, device=device) < 0.2

@@ -153,14 +153,15 @@ def _start(value: Value) -> Statistic | None:
 def _squared(value: Value) -> Value | None:
     """`x`, if the value is `x ** 2`."""
     value = strip(value)
-    if value.op in POW and number(value.args[1]) == 2.0:
-        return value.args[0]
-    if value.op is aten.square.default:
-        return value.args[0]
-    if value.op in MUL and isinstance(value.args[1], Value):
+    x: Value | None = None
+    if value.op in POW:
+        x = value.args[0] if number(value.args[1]) == 2.0 else None
+    elif value.op is aten.square.default:
+        x = value.args[0]
+    elif value.op in MUL and isinstance(value.args[1], Value):
         left, right = value.args
-        return left if strip(left) is strip(right) else None
-    return None
+        x = left if strip(left) is strip(right) else None
+    return x
 
 
 def _is_mean(value: Value, of: Value) -> bool:
@@ -231,7 +232,8 @@ def _meet(value: Value, statistics: dict[Value, Statistic], shadow: Shadow) -> I
 
 def _with_weight(core: Value, statistic: Statistic, shadow: Shadow) -> Match:
     """Extend the bare norm over the casts, constant factors and the weight that follow it."""
-    gain, weight, offset = statistic.gain, None, 0.0
+    gain, offset = statistic.gain, 0.0
+    weight: Value | None = None
     normalized_dtype = core.dtype
     best = (core, gain, weight, offset, normalized_dtype)  # as far as the result of a graph node
     value = core

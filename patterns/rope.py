@@ -101,7 +101,9 @@ def _match(output: Value, shadow: Shadow) -> Match | Refusal | None:
         if x is None:
             continue
         if any(table.tensor.requires_grad for table in tables):
-            return Refusal("rope", output, "cos, sin: expected tables without a gradient, got trainable ones", {"rope": 1})
+            return Refusal(
+                "rope", output, "cos, sin: expected tables without a gradient, got trainable ones", {"rope": 1}
+            )
         convention = _identify(output, x, tables, shadow)
         if convention is not None:
             return _build(output, x, tables, convention)
@@ -328,9 +330,7 @@ def replacement(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """What stands in the place of the region."""
-    result: Tensor = torch.ops.graphfuse.rope.default(
-        x, cos, sin, layout, out_layout, table, reverse, start, out_dtype
-    )
+    result: Tensor = torch.ops.graphfuse.rope.default(x, cos, sin, layout, out_layout, table, reverse, start, out_dtype)
     return result
 
 

@@ -47,6 +47,14 @@ def test_counts_a_recompiled_frame_once():
     assert len(report.sites) == 7
 
 
+def test_leaves_the_source_out_of_a_narrow_table(monkeypatch):
+    report = Report([*layers(2), HEAD])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "modeling_llama.py" not in str(report)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert "modeling_llama.py:62" in str(report)
+
+
 def test_shows_equal_layers_on_one_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     text = str(Report([*layers(32), NORM, HEAD]))

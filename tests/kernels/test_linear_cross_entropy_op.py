@@ -59,7 +59,8 @@ def test_follows_autocast(device):
         loss = linear_cross_entropy(hidden, weight, target, bias)
         expected = functional.cross_entropy(functional.linear(hidden, weight, bias), target)
     assert loss.dtype == expected.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+    # eager rounds the logits to bf16, the kernel need not: they agree within that rounding
+    torch.testing.assert_close(loss, expected, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=0)
     leaves = (hidden, weight, bias)
     for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         assert ours.dtype == theirs.dtype

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from graphfuse.kernels import _rms_norm_kernel as kernels
 from graphfuse.kernels import rms_norm as module
-from graphfuse.kernels._rms_norm_kernel import plan_walk
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.rms_norm import DTYPES, MODES, rms_norm, rms_norm_reference
 from graphfuse.testing import assert_no_worse
@@ -47,11 +46,9 @@ def in_blocks(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(kernels, "MAX_BLOCK", 64)
         monkeypatch.setattr(kernels, "WIDE_BLOCK", 32)
-    for plan in (kernels.plan_forward, kernels.plan_backward):
-        plan.cache_clear()
-    yield request.param
-    for plan in (kernels.plan_forward, kernels.plan_backward):
-        plan.cache_clear()
+        # Neither out of their caches nor into them.
+        monkeypatch.setattr(module, "plan_forward", kernels.plan_forward.__wrapped__)
+        monkeypatch.setattr(module, "plan_backward", kernels.plan_backward.__wrapped__)
 
 
 def skip_bf16_in_the_interpreter(dtype, path, device):
@@ -127,7 +124,9 @@ def test_no_worse_far_from_one(mode, size, path, device):
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rounds_where_told(offset, dtype, path, device):
     skip_bf16_in_the_interpreter(dtype, path, device)
-    x, weight = (leaf.detach() for leaf in problem((33, 200), dtype, device))
+    # Sums of these squares are exact, in any order.
+    x = (torch.randint(-16, 17, (33, 200), device=device) / 8).to(dtype)
+    weight = problem((33, 200), dtype, device)[1].detach()
     scale = weight.float() + offset
     late = rms_norm(x, out_dtype=FP32)
     early = rms_norm(x)
@@ -185,7 +184,7 @@ def test_takes_strides_as_they_come(layout, grad_layout, path, device):
     expected = run(fused(), *dense, grad=grad.contiguous())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert found[0].stride() == torch.empty_like(x).stride()
-    assert plan_walk(x.shape, grad.stride(), x.stride(), found[0].stride())
+    assert kernels.plan_walk(x.shape, grad.stride(), x.stride(), found[0].stride())
 
 
 def test_gradient_has_the_layout_of_x(path, device):
@@ -200,7 +199,7 @@ def test_gradient_has_the_layout_of_x(path, device):
 def test_takes_more_dims_than_the_kernels_do(path, device):
     x = torch.randn(4, 5, 6, 7, 8, device=device)[::2, ::2, ::2, ::2].requires_grad_()
     weight = problem((8,), FP32, device)[1]
-    assert plan_walk(x.shape, x.stride(), torch.empty_like(x).stride()) is None
+    assert kernels.plan_walk(x.shape, x.stride(), torch.empty_like(x).stride()) is None
     assert_no_worse(fused(), eager(), (x, weight))
     assert run(fused(), x, weight)[0].stride() == torch.empty_like(x).stride()
 
@@ -229,7 +228,7 @@ def test_walk_visits_every_row_in_step(leading, order, steps, kept):
     # Some dims are expanded.
     x = x[tuple(slice(None) if kept >> dim & 1 else slice(1) for dim in range(len(shape)))].expand(shape)
     y = torch.empty_like(x)
-    walk = plan_walk(tuple(shape), x.stride(), y.stride())
+    walk = kernels.plan_walk(tuple(shape), x.stride(), y.stride())
     if walk is None:
         assert len(leading) > 3
         return
@@ -286,11 +285,11 @@ def test_is_the_same_every_time(shape, dtype, in_blocks, path, device):
 def test_computes_only_the_gradients_asked_for(in_blocks, path, device):
     x, weight = problem((8, 90), FP32, device)
     expected = run(fused(), x, weight)
-    assert torch.equal(run(fused(), x, weight.detach())[1], expected[1])
-    assert torch.equal(run(fused(), x.detach(), weight)[1], expected[2])
+    torch.testing.assert_close(run(fused(), x, weight.detach())[1], expected[1])
+    torch.testing.assert_close(run(fused(), x.detach(), weight)[1], expected[2])
     args = (torch.ones_like(x), x.detach(), weight.detach(), 1e-6, 1.0, 0.0, "inside", False)
     x_grad, weight_grad = torch.ops.graphfuse.rms_norm_backward(*args)
-    assert torch.equal(x_grad, expected[1])
+    torch.testing.assert_close(x_grad, expected[1])
     assert weight_grad.shape == (0,)
 
 
@@ -323,7 +322,8 @@ def test_compiles(dynamic, path, device):
     inputs, grad = problem((2, 3, 5, 16), FP16, device), torch.randn(2, 5, 3, 16, device=device).half()
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     found, expected = (run(call, *inputs, grad=grad) for call in (compiled, step))
-    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found, expected)
 
 
 def test_second_derivative_raises(path, device):

@@ -11,6 +11,8 @@ VENV_FLAGS ?=
 # Used only where the environment has no torch yet. An open range can pull gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 JOBS ?= auto
+# OpenMP threads that spin while they wait crawl on a machine that others use too.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 

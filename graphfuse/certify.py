@@ -88,12 +88,7 @@ class _Proof:
     def _sizes(self) -> dict[int, int]:
         free: set[int] = set(self.match.scalable)
         for leaf in self.leaves:
-            if leaf.tensor.dim() > 1 and leaf.shape[-1] not in self.match.scalable:
-                free.update(leaf.shape[:-1])
-            else:
-                free.update(size for size in leaf.shape if size in self.match.scalable)
-            if _counts(leaf):
-                free.update(leaf.shape)
+            free.update(leaf.shape if _counts(leaf) else leaf.shape[:-1])
         later = {size for value in self.prefix for size in value.shape[:-1]}
         for size in list(free):  # a flattened batch: its factors appear further on
             free.update(s for s in later if size % s == 0 and size // s in later)

@@ -7,6 +7,7 @@ the full shapes relate.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -93,10 +94,11 @@ def _split_small(
     sizes = small_sizes({*(full_in[i] for i in before), *(full_out[j] for j in after)})
     named = {full_in[i]: small_in[i] for i in before}
     guess = [named.get(full_out[j], sizes[full_out[j]]) for j in after]
-    for k in range(len(guess)):  # one dimension takes up what the others leave
-        rest = math.prod(guess[:k] + guess[k + 1 :])
-        if rest and total % rest == 0 and (full_out[after[k]] > 4 or total // rest == full_out[after[k]]):
-            return [*guess[:k], total // rest, *guess[k + 1 :]]
+    full = [full_out[j] for j in after]
+    for others, k in itertools.product((guess, full), range(len(after))):
+        rest = math.prod(others[:k] + others[k + 1 :])  # one dimension takes up what the others leave
+        if rest and total % rest == 0 and (full[k] > 4 or total // rest == full[k]):
+            return [*others[:k], total // rest, *others[k + 1 :]]
     raise CannotEvaluate(f"view: expected {total} elements to split like {full_out}")
 
 
@@ -136,7 +138,8 @@ def evaluate(
         _resize(value, args, sizes)
         with torch.set_grad_enabled(value.grad_mode and torch.is_grad_enabled()):
             try:
-                result = value.op(*args, **kwargs)
+                # At small sizes a tensor may have other strides: what was a view there can be a copy here.
+                result = args[0].reshape(args[1]) if value.op in VIEWS else value.op(*args, **kwargs)
             except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
                 message = str(error).splitlines()[0]
                 raise CannotEvaluate(f"{value.node.name}: expected {value.op} to run, got: {message}") from error

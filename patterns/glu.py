@@ -94,6 +94,8 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
 
 def _match(value: Value, shadow: Shadow) -> Match | Refusal | None:
     unknown = False
+    if _variables(value.args[0])[0] is _variables(value.args[1])[0]:
+        return None  # one variable: an activation written out, not a gate
     for gate_side, up_side in (value.args, value.args[::-1]):
         for gate in _variables(gate_side):
             for up in _variables(up_side):

@@ -13,6 +13,7 @@ scales, so that an eps in the wrong place shows. Equal regions share one proof: 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from graphfuse.match import Match
 from graphfuse.shadow import Shadow, Value
 
 EXACT = 1e-9  # relative difference in float64 that still counts as the same function
+LARGEST = 1 << 24  # elements of a proof's inputs, where it cannot shrink the batch
 NO_WORSE = 1.5  # error of the replacement over that of the region; a proof draws few numbers, so 1.1 would be luck
 FEW = 64  # elements, below which an error is compared with the rounding of the dtype instead
 ROWS = (1.0, 1e-3, 30.0)  # scales of successive rows of an input
@@ -104,7 +106,15 @@ class _Proof:
         try:
             return self._run()
         except CannotEvaluate as error:
-            return f"certify: {error}"
+            reason = f"certify: {error}"
+        # Rows chosen by number may not exist in a small batch. Try the whole one, if that is not much.
+        self.sizes = small_sizes(self.match.scalable)
+        if sum(math.prod(self._small(leaf)) for leaf in self.leaves) > LARGEST:
+            return reason
+        try:
+            return self._run()
+        except CannotEvaluate:
+            return reason
 
     def _run(self) -> str | None:
         device = self.match.anchor.tensor.device
@@ -170,7 +180,10 @@ class _Proof:
             params = dict(self.match.params)
             if exact:
                 params = {k: exact_dtype(p) if isinstance(p, torch.dtype) else p for k, p in params.items()}
-            result = self.match.replacement(*(known[v] for v in self.match.inputs), **params)
+            try:
+                result = self.match.replacement(*(known[v] for v in self.match.inputs), **params)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise CannotEvaluate(f"expected the replacement to run, got: {error}") from error
             return result if isinstance(result, (tuple, list)) else [result]
 
         grad_mode = all(v.grad_mode for v in self.match.outputs)

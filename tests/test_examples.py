@@ -1,5 +1,6 @@
 """The examples run, alone and from anywhere."""
 
+import json
 import os
 import subprocess
 import sys
@@ -31,3 +32,7 @@ def test_demo_compares_two_models(tmp_path):
     out = run("demo.py", "--steps=2", "--inner=aot_eager", f"--out={tmp_path}", cwd=tmp_path)
     assert out.count("loss, step by step") == 2
     assert {path.name for path in tmp_path.iterdir()} == {"demo.png", "llama.json", "gemma3.json"}
+    # Each report is about its own model, though both were compiled in one process.
+    for name, norms in (("llama", 9), ("gemma3", 25)):
+        counts = json.loads((tmp_path / f"{name}.json").read_text())["counts"]
+        assert counts.items() >= {"rms_norm": norms, "rope": 8, "glu": 4}.items(), name

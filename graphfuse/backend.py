@@ -75,7 +75,14 @@ def compile_graph(
 ) -> Callable[..., Any]:
     """Rewrite one graph and compile it; if that fails, compile it as it was."""
     graph_record = GraphRecord(example_inputs, owner)
-    keep(graph_record)
+    compiled = _compile(graph_module, example_inputs, config, graph_record)
+    keep(graph_record)  # not before: Dynamo may abandon a graph and start over
+    return compiled
+
+
+def _compile(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, graph_record: GraphRecord
+) -> Callable[..., Any]:
     original = _duplicate(graph_module)
     try:
         rewrite_graph(graph_module, example_inputs, config, graph_record)

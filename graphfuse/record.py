@@ -27,6 +27,8 @@ class GraphRecord:
         for value in example_inputs:
             if isinstance(value, nn.Parameter):
                 self.parameters[value] = None
+        # Some wrappers hide the parameters from the backend: such a graph may be anybody's.
+        self.anonymous = not self.parameters and owner is None
 
     def add(self, found: Match | Refusal) -> None:
         """Note a rewritten match or a refusal."""
@@ -51,7 +53,7 @@ def keep(record: GraphRecord) -> None:
 def report_of(model: nn.Module) -> Report:
     """One report over all graphs that were compiled with a parameter of `model`."""
     own = {id(parameter) for parameter in model.parameters()}
-    return _merge(r for r in _records if any(id(p) in own for p in r.parameters) or not _whose(r))
+    return _merge(r for r in _records if r.anonymous or any(id(p) in own for p in r.parameters))
 
 
 def report_of_owner(owner: object) -> Report:
@@ -68,11 +70,6 @@ def last() -> Report:
         return report_of_owner(newest.owner)
     own = {id(parameter) for parameter in newest.parameters}
     return _merge(r for r in _records if r is newest or any(id(p) in own for p in r.parameters))
-
-
-def _whose(record: GraphRecord) -> bool:
-    """Whether the graph can be told to be somebody's; some wrappers hide the parameters from the backend."""
-    return len(record.parameters) > 0 or record.owner is not None
 
 
 def _merge(records: Iterable[GraphRecord]) -> Report:

@@ -11,6 +11,7 @@ view read after its storage was changed by way of another view is a fresh leaf, 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +144,9 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _is_composite(func):  # inference mode dispatches these whole
+            with self:
+                return func.decompose(*args, **kwargs)
         recorded = tuple(self._record(arg) for arg in args)
         recorded_kwargs = {name: self._record(arg) for name, arg in kwargs.items()}
         result = func(*args, **kwargs)
@@ -193,7 +197,8 @@ class _Replay(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.node = n
         example = n.meta.get("example_value")
-        if is_nested(n) or isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        symbolic = isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
+        if is_nested(n) or (symbolic and n.op != "placeholder"):
             # A region of its own, or a number that Dynamo already has a symbol for: a replayed
             # `.item()` would make a fresh, unbacked one.
             return example
@@ -213,6 +218,18 @@ class _Replay(fx.Interpreter):
         """Leave autocast regions that an unfinished replay left open."""
         while self.autocast:
             torch.amp.autocast_mode._exit_autocast(self.autocast.pop())
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether the operation is defined by others, for autograd too, and makes tensors.
+
+    Questions about a tensor (is it contiguous, how many elements) pass through the dispatcher as well.
+    """
+    if not any(isinstance(r.type, torch.TensorType) for r in func._schema.returns):
+        return False
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
 
 
 def is_nested(node: fx.Node) -> bool:

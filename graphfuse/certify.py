@@ -242,7 +242,7 @@ def _error(got: Tensor, truth: Tensor) -> float:
     """Root mean square error relative to the size of the truth, row by row; where the truth is finite."""
     got = got.to(device=truth.device, dtype=torch.float64)
     finite = torch.isfinite(truth)
-    difference = torch.where(finite, got - truth, 0.0)
+    difference = torch.where(finite, got - truth, 0.0).nan_to_num(nan=torch.inf)  # an overflow is an error too
     rows = truth.shape[-1] if truth.dim() else 1
     size = torch.where(finite, truth, 0.0).reshape(-1, rows).norm(dim=-1)
     error = difference.reshape(-1, rows).norm(dim=-1)

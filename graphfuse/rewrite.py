@@ -50,10 +50,9 @@ def _unreachable(value: Value, shadow: Shadow) -> str | None:
 def _mutation(match: Match, region: Sequence[Value], shadow: Shadow) -> str | None:
     """Reads must see at the output what they saw in the region, and the region may write only to its own."""
     last = max(value.index for value in match.outputs)
-    first = min(value.index for value in region)
     for value in match.inputs:
         writes = shadow.mutations.get(storage_key(value.tensor), [])
-        if any(first <= write <= last for write in writes):
+        if any(value.index < write <= last for write in writes):
             return f"{value.node.name}: expected no in-place change between its use and the output, got one"
     own = {storage_key(value.tensor) for value in region}
     for value in match.inputs:
@@ -65,7 +64,11 @@ def _mutation(match: Match, region: Sequence[Value], shadow: Shadow) -> str | No
 
 
 def specialise(match: Match, shadow: Shadow) -> None:
-    """Turn the symbolic numbers of the region (an eps under dynamic shapes) into guards on their value."""
+    """Turn the symbolic numbers that the match depends on into guards on their value.
+
+    Those are the numbers of the region (an eps under dynamic shapes) and the feature sizes of its inputs: batch and
+    sequence stay dynamic.
+    """
 
     def visit(arg: Any) -> None:
         if isinstance(arg, torch.SymFloat):
@@ -74,6 +77,9 @@ def specialise(match: Match, shadow: Shadow) -> None:
             for item in arg:
                 visit(item)
 
+    for value in match.inputs:
+        if value.tensor.dim() and (value.dtype.is_floating_point or value.dtype.is_complex):
+            int(value.tensor.shape[-1])
     for value in shadow.cone(match.outputs, match.inputs):
         visit([*value.args, *value.kwargs.values()])
 

@@ -134,7 +134,7 @@ def _start(value: Value) -> Statistic | None:
         x, dims = value.args[0], argument(value, 2, "dim")
     else:
         return None
-    if x is None or x.tensor.dim() == 0 or isinstance(x.tensor.shape[-1], torch.SymInt):
+    if x is None or x.tensor.dim() == 0:
         return None
     width = x.shape[-1]
     if width == 0:

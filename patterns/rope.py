@@ -104,10 +104,22 @@ def _match(output: Value, shadow: Shadow) -> Match | Refusal | None:
             return Refusal(
                 "rope", output, "cos, sin: expected tables without a gradient, got trainable ones", {"rope": 1}
             )
-        convention = _identify(output, x, tables, shadow)
-        if convention is not None:
-            return _build(output, x, tables, convention)
+        for source in _reordered(x):
+            convention = _identify(output, source, tables, shadow)
+            if convention is not None:
+                return _build(output, source, tables, convention)
     return None
+
+
+def _reordered(x: Value) -> list[Value]:
+    """`x` and what it is a reordering of, farthest first: one of features is in the convention, and saves a copy."""
+    found = [x]
+    value = x
+    while value.op in INDEXING:
+        value = value.args[0]
+        if value.shape == x.shape:
+            found.append(value)
+    return found[::-1]
 
 
 def _products_under(output: Value) -> list[Value]:
@@ -216,7 +228,7 @@ def _derives(value: Value, tables: tuple[Value, ...]) -> bool:
     while True:
         if value in tables:
             return True
-        if value.op not in INDEXING | CASTS:
+        if value.op not in INDEXING | CASTS | NEGATIONS:
             return False
         value = value.args[0]
 

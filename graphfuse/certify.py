@@ -28,6 +28,7 @@ from graphfuse.shadow import Shadow, Value
 EXACT = 1e-9  # relative difference in float64 that still counts as the same function
 LARGEST = 1 << 24  # elements of a proof's inputs, where it cannot shrink the batch
 NO_WORSE = 1.5  # error of the replacement over that of the region; a proof draws few numbers, so 1.1 would be luck
+ARITHMETIC = 2.0 * torch.finfo(torch.float32).eps  # another order of the same float32 operations
 FEW = 64  # elements, below which an error is compared with the rounding of the dtype instead
 ROWS = (1.0, 1e-3, 30.0)  # scales of successive rows of an input
 
@@ -222,7 +223,7 @@ class _Proof:
                 continue
             their_error = _error(a, t)
             our_error = _error(b, t)
-            floor = 0.5 * torch.finfo(a.dtype).eps
+            floor = 0.5 * torch.finfo(a.dtype).eps + ARITHMETIC
             if t.numel() < FEW:  # so few numbers may be right by luck
                 floor = self._coarsest()
             if not our_error <= NO_WORSE * their_error + floor:

@@ -136,6 +136,7 @@ def evaluate(
         args = [_argument(a, results, exact, device) for a in value.args]
         kwargs = {k: _argument(a, results, exact, device) for k, a in value.kwargs.items()}
         _resize(value, args, sizes)
+        _protect(value.op, args, kwargs)
         with torch.set_grad_enabled(value.grad_mode and torch.is_grad_enabled()):
             try:
                 # At small sizes a tensor may have other strides: what was a view there can be a copy here.
@@ -145,6 +146,17 @@ def evaluate(
                 raise CannotEvaluate(f"{value.node.name}: expected {value.op} to run, got: {message}") from error
         results[value] = result[value.output] if isinstance(result, (tuple, list)) else result
     return results
+
+
+def _protect(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:
+    """Let an in-place operation write to a copy: the value from before the write may have other readers."""
+    for position, spec in enumerate(op._schema.arguments if op._schema.is_mutable else ()):
+        if spec.alias_info is None or not spec.alias_info.is_write:
+            continue
+        if position < len(args) and isinstance(args[position], Tensor):
+            args[position] = args[position].clone()
+        elif isinstance(kwargs.get(spec.name), Tensor):
+            kwargs[spec.name] = kwargs[spec.name].clone()
 
 
 def _argument(arg: Any, results: Mapping[Value, Tensor], exact: bool, device: torch.device) -> Any:

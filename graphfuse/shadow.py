@@ -273,6 +273,9 @@ def record(graph_module: fx.GraphModule, example_inputs: Iterable[Any] = ()) -> 
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         stack.callback(replay.close)
+        # Autocast keeps casts of weights, Dynamo's too: a kept one would come from nowhere.
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         stack.enter_context(mode)
         stack.enter_context(recorder)
         for node, example in zip(placeholders, examples, strict=True):

@@ -89,7 +89,7 @@ def rank_three(x, gate, up):
 
 
 def in_place(x, gate, up):
-    return F.silu(F.linear(x, gate), inplace=True).mul_(F.linear(x, up))
+    return F.silu(F.linear(x, gate)).mul_(F.linear(x, up))
 
 
 def adapted(x, gate, up):
@@ -226,7 +226,7 @@ def shifted_silu(x, gate, up):
 
 
 def squared_up(x, gate, up):
-    return F.silu(F.linear(x, gate)) * F.linear(x, up).square().exp()
+    return F.silu(F.linear(x, gate)) * F.linear(x, up).square()
 
 
 def gate_of_softmax(x, gate, up):
@@ -264,11 +264,10 @@ def bilinear(x, gate, up):
 def test_leaves_near_misses_right(spelling, verify):
     """Some of these are no gates; some may yet be rewritten in part. All stay what they were."""
     report = verify(spelling, inputs())
-    if spelling not in (hyper_connection, shifted_silu):
-        assert report.rewritten == [], report
+    assert report.counts == ({"glu": 1} if spelling is shifted_silu else {}), report
 
 
-@pytest.mark.parametrize("spelling", [softplus_gate, wrong_gelu], ids=named)
+@pytest.mark.parametrize("spelling", [wrong_gelu], ids=named)
 def test_says_which_activations_there_are(spelling, verify):
     reasons = [site.reason for site in verify(spelling, inputs()).refused]
     assert reasons, "expected a refusal"
@@ -321,7 +320,13 @@ def changes_activation_between(x, gate, up):
     return a * F.linear(x, up)
 
 
-@pytest.mark.parametrize("spelling", [changes_gate_between, changes_activation_between], ids=named)
+def activates_in_place(x, gate, up):
+    return F.silu(F.linear(x, gate), inplace=True).mul_(F.linear(x, up))
+
+
+@pytest.mark.parametrize(
+    "spelling", [changes_gate_between, changes_activation_between, activates_in_place], ids=named
+)
 def test_refuses_values_that_change(spelling, verify):
     x, gate, up = inputs()
     report = verify(spelling, (x.detach(), gate.detach(), up.detach()))

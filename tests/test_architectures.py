@@ -50,7 +50,7 @@ ARCHITECTURES = {
 def build(name, dtype=torch.float32):
     config, model, own, _ = ARCHITECTURES[name]
     torch.manual_seed(0)
-    return getattr(transformers, model)(getattr(transformers, config)(**BASE, **own)).to(dtype).train()
+    return getattr(transformers, model)(getattr(transformers, config)(**{**BASE, **own})).to(dtype).train()
 
 
 def step(model, call, tokens):

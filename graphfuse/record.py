@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +23,7 @@ class GraphRecord:
         compile_id = CompileContext.current_compile_id()
         self.graph = str(compile_id) if compile_id is not None else "0/0"
         self.owner = owner
+        self.root = _outermost_module()
         self.sites: list[Site] = []
         self.notes: list[str] = []
         self.parameters: Any = WeakIdKeyDictionary()  # used as a set
@@ -40,6 +43,17 @@ class GraphRecord:
         else:
             params = {name: _plain(value) for name, value in found.params.items()}
             self.sites.append(Site(found.pattern, "rewritten", found.variant, params, covers=covers, **place))
+
+
+def _outermost_module() -> weakref.ref[nn.Module] | None:
+    """The module whose call led to this compilation: its graphs belong together, also where they share no weight."""
+    found: nn.Module | None = None
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            found = frame.f_locals.get("self", found)
+        frame = frame.f_back
+    return None if found is None else weakref.ref(found)
 
 
 _records: list[GraphRecord] = []
@@ -68,6 +82,8 @@ def last() -> Report:
     newest = _records[-1]
     if newest.owner is not None:
         return report_of_owner(newest.owner)
+    if newest.root is not None and (module := newest.root()) is not None:
+        return _merge(r for r in _records if r.root is not None and r.root() is module)
     own = {id(parameter) for parameter in newest.parameters}
     return _merge(r for r in _records if r is newest or any(id(p) in own for p in r.parameters))
 

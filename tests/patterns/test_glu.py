@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import graphfuse
 
-T, D, I = 6, 16, 24
+T, D, INNER = 6, 16, 24
 
 
 def separate(act):
@@ -33,7 +33,7 @@ def chunked_up_first(x, gate, up):
 
 
 def split(x, gate, up):
-    a, b = torch.split(F.linear(x, torch.cat((gate, up))), [I, I], dim=-1)
+    a, b = torch.split(F.linear(x, torch.cat((gate, up))), [INNER, INNER], dim=-1)
     return F.gelu(a) * b
 
 
@@ -43,13 +43,13 @@ def viewed(x, gate, up):
 
 
 def unbound(x, gate, up):
-    a, b = F.linear(x, torch.cat((gate, up))).unflatten(-1, (2, I)).unbind(-2)
+    a, b = F.linear(x, torch.cat((gate, up))).unflatten(-1, (2, INNER)).unbind(-2)
     return F.silu(a) * b
 
 
 def sliced(x, gate, up):
     packed = F.linear(x, torch.cat((gate, up)))
-    return F.silu(packed[..., :I]) * packed[..., I:]
+    return F.silu(packed[..., :INNER]) * packed[..., INNER:]
 
 
 def gpt_oss(x, gate, up):
@@ -170,8 +170,8 @@ SPELLINGS = [
 def inputs(dtype=torch.float32):
     return (
         (3 * torch.randn(T, D)).to(dtype).requires_grad_(),
-        (torch.randn(I, D) / 2).to(dtype).requires_grad_(),
-        (torch.randn(I, D) / 2).to(dtype).requires_grad_(),
+        (torch.randn(INNER, D) / 2).to(dtype).requires_grad_(),
+        (torch.randn(INNER, D) / 2).to(dtype).requires_grad_(),
     )
 
 
@@ -324,9 +324,7 @@ def activates_in_place(x, gate, up):
     return F.silu(F.linear(x, gate), inplace=True).mul_(F.linear(x, up))
 
 
-@pytest.mark.parametrize(
-    "spelling", [changes_gate_between, changes_activation_between, activates_in_place], ids=named
-)
+@pytest.mark.parametrize("spelling", [changes_gate_between, changes_activation_between, activates_in_place], ids=named)
 def test_refuses_values_that_change(spelling, verify):
     x, gate, up = inputs()
     report = verify(spelling, (x.detach(), gate.detach(), up.detach()))

@@ -213,7 +213,7 @@ def test_rewrites_a_wide_weight(spelling, verify):
 @pytest.mark.parametrize("eps", [None, 1e-3])
 def test_rewrites_modules_of_torch(eps, affine, verify):
     norm = nn.RMSNorm(D, eps=eps, elementwise_affine=affine)
-    report = verify(lambda x: norm(x), inputs()[:1], inner="aot_eager")
+    report = verify(norm.forward, inputs()[:1], inner="aot_eager")
     assert report.counts == {"rms_norm": 1}, report
 
 

@@ -85,6 +85,66 @@ def complex_table(x, cos, sin):
     return torch.view_as_real(turned).flatten(3).type_as(x)
 
 
+def doubled_tables(x, cos, sin):
+    cos, sin = torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((sin, sin), -1).unsqueeze(1)
+    return (x * cos) + (rotate_half(x) * sin)
+
+
+def negated_table(x, cos, sin):
+    cos, sin = cos[:, None], sin[:, None]
+    d = x.shape[3] // 2
+    a, b = x[..., :d], x[..., d:]
+    return torch.cat([a * cos + b * sin, a * (-sin) + b * cos], 3).to(x.dtype)
+
+
+def pairs_in_float(x, cos, sin):
+    cos, sin = cos[:, None], sin[:, None]
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(3).type_as(x)
+
+
+def pairs_reordered_first(x, cos, sin):
+    b, h, s, d = x.shape
+    x = x.view(b, h, s, d // 2, 2).transpose(4, 3).reshape(b, h, s, d)
+    return x * cos[:, None] + rotate_half(x) * sin[:, None]
+
+
+def of_a_slice(x, cos, sin):
+    turned = x[..., : cos.shape[-1]]
+    return turned * cos[:, None] + rotate_half(turned) * sin[:, None]
+
+
+def polar_table(x, cos, sin):
+    table = torch.polar(torch.ones_like(cos, dtype=torch.float32), cos.float())[:, None]
+    turned = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * table
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def in_place(x, cos, sin):
+    y = x * cos[:, None]
+    y += rotate_half(x).mul_(sin[:, None])
+    return y
+
+
+def heads_after_the_sequence(x, cos, sin):
+    x = x.transpose(1, 2)
+    return x * cos.unsqueeze(2) + rotate_half(x) * sin.unsqueeze(2)
+
+
+def tables_made_inside(x, cos, sin):
+    frequencies = 1.0 / (10000.0 ** (torch.arange(0, D, 2, dtype=torch.float32) / D))
+    angles = torch.outer(torch.arange(x.shape[2], dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return x * angles.cos().to(x.dtype) + rotate_half(x) * angles.sin().to(x.dtype)
+
+
+def stacked_halves(x, cos, sin):
+    a, b = x.view(*x.shape[:-1], 2, -1).unbind(-2)
+    rotated = torch.stack((-b, a), dim=-2).flatten(-2)
+    return torch.add(torch.mul(x, cos[:, None]), torch.mul(rotated, sin[:, None]))
+
+
 FULL, HALF, PART = D, D // 2, 8
 SPELLINGS = [
     (llama, FULL),
@@ -99,7 +159,34 @@ SPELLINGS = [
     (partial_head, PART),
     (partial_tail, PART),
     (complex_table, HALF),
+    (doubled_tables, HALF),
+    (negated_table, HALF),
+    (pairs_in_float, HALF),
+    (pairs_reordered_first, FULL),
+    (of_a_slice, PART),
+    (polar_table, HALF),
+    (in_place, FULL),
+    (heads_after_the_sequence, FULL),
+    (tables_made_inside, FULL),
+    (stacked_halves, FULL),
 ]
+VARIANTS = [
+    (llama, FULL, "half"),
+    (negated_table, HALF, "half, reversed"),
+    (pairs_in_float, HALF, "interleaved"),
+    (pairs_reordered_first, FULL, "interleaved, to half"),
+    (pairs_to_halves, HALF, "interleaved, to half"),
+    (partial_tail, PART, "half, 8 of 16 features"),
+    (polar_table, HALF, "interleaved, complex table"),
+]
+
+
+def named(value):
+    return getattr(value, "__name__", "")
+
+
+def problem(width, dtype=torch.float32):
+    return torch.randn(B, H, S, D).to(dtype).requires_grad_(), *tables(width)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -110,6 +197,35 @@ def test_rewrites(spelling, width, dtype, verify):
     if dtype == torch.bfloat16 and spelling is not complex_table:
         cos, sin = cos.to(dtype), sin.to(dtype)
     report = verify(lambda x, cos, sin: spelling(x.transpose(1, 2), cos, sin), (x, cos, sin))
+    assert report.counts == {"rope": 1}, report
+
+
+@pytest.mark.parametrize(("spelling", "width"), SPELLINGS, ids=named)
+def test_rewrites_at_dynamic_shapes(spelling, width, verify):
+    report = verify(spelling, problem(width), dynamic=True)
+    assert report.counts == {"rope": 1}, report
+
+
+@pytest.mark.parametrize(("spelling", "width", "variant"), VARIANTS, ids=named)
+def test_names_the_convention(spelling, width, variant, verify):
+    (site,) = verify(spelling, problem(width)).sites
+    assert site.variant == f"{variant}, float32"
+
+
+@pytest.mark.parametrize(("spelling", "width"), [(llama, FULL), (halves, HALF), (partial_head, PART)], ids=named)
+def test_rewrites_low_precision_with_wide_tables(spelling, width, verify):
+    report = verify(spelling, problem(width, torch.bfloat16))
+    assert report.counts == {"rope": 1}, report
+
+
+@pytest.mark.parametrize(("spelling", "width"), [(llama, FULL), (halves, HALF), (pairs_in_float, HALF)], ids=named)
+def test_rewrites_under_autocast(spelling, width, verify):
+    matrix = torch.randn(D, D, requires_grad=True)
+
+    def projected(x, cos, sin, matrix):
+        return spelling(x @ matrix, cos, sin)
+
+    report = verify(projected, (*problem(width), matrix), autocast=True)
     assert report.counts == {"rope": 1}, report
 
 
@@ -143,8 +259,26 @@ def wrong_halves(x, cos, sin):
     return x * cos[:, None] + torch.cat((-x[..., 4:], x[..., :4]), dim=-1) * sin[:, None]
 
 
+def swapped_outputs(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (t[:, None, :, : D // 2] for t in (cos, sin))
+    return torch.cat((b * cos + a * sin, a * cos - b * sin), dim=-1)
+
+
+def two_tensors(x, cos, sin):
+    return x * cos[:, None] + rotate_half(x.tanh()) * sin[:, None]
+
+
+def third_table(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = (t[:, None, :, : D // 2] for t in (cos, sin))
+    return torch.cat((a * cos - b * sin, b * cos + a * sin.exp()), dim=-1)
+
+
 @pytest.mark.parametrize(
-    "lookalike", [one_sign_wrong, no_rotation, three_parts, rolled, wrong_halves], ids=lambda f: f.__name__
+    "lookalike",
+    [one_sign_wrong, no_rotation, three_parts, rolled, wrong_halves, swapped_outputs, two_tensors, third_table],
+    ids=lambda f: f.__name__,
 )
 def test_leaves_alone(lookalike, verify):
     x = torch.randn(B, H, S, D, requires_grad=True)
@@ -164,4 +298,75 @@ def test_stays_dynamic_in_the_sequence():
     for length in (6, 9, 12):
         x, (cos, sin) = torch.randn(B, H, length, D), (torch.randn(1, length, D) for _ in range(2))
         torch.testing.assert_close(compiled(x, cos, sin), llama(x, cos, sin))
+    assert graphfuse.report(compiled).counts == {"rope": 1}
+
+
+def uses_rotated(x, cos, sin):
+    rotated = rotate_half(x)
+    return x * cos[:, None] + rotated * sin[:, None], rotated.tanh()
+
+
+def uses_product(x, cos, sin):
+    product = x * cos[:, None]
+    return product + rotate_half(x) * sin[:, None], product
+
+
+def adds_after(x, cos, sin):
+    return llama(x, cos, sin).add_(1.0)
+
+
+@pytest.mark.parametrize("spelling", [uses_rotated, uses_product, adds_after], ids=named)
+def test_stays_right_where_others_reach_in(spelling, verify):
+    report = verify(spelling, problem(FULL))
+    assert report.counts == {"rope": 1}, report
+
+
+def changes_x_between(x, cos, sin):
+    x = x + 1
+    rotated = rotate_half(x)
+    x.mul_(2)
+    return x * cos[:, None] + rotated * sin[:, None]
+
+
+def changes_table_after_its_use(x, cos, sin):
+    cos = cos.clone()
+    product = x * cos[:, None]
+    cos[:, 0] = 0
+    return product + rotate_half(x) * sin[:, None], cos
+
+
+def changes_product_between(x, cos, sin):
+    product = x * cos[:, None]
+    product[..., 0] = 0
+    return product + rotate_half(x) * sin[:, None]
+
+
+@pytest.mark.parametrize(
+    "spelling", [changes_x_between, changes_table_after_its_use, changes_product_between], ids=named
+)
+def test_leaves_values_that_change_alone(spelling, verify):
+    x, cos, sin = problem(FULL)
+    assert verify(spelling, (x.detach(), cos, sin)).rewritten == []
+
+
+def test_leaves_random_numbers_alone():
+    def fn(x, cos, sin):
+        return torch.dropout(x * cos[:, None], 0.5, True) + rotate_half(x) * sin[:, None]
+
+    compiled = graphfuse.optimize(fn, inner="eager", fullgraph=True, strict=True)
+    assert compiled(*problem(FULL)).isfinite().all()
+    assert graphfuse.report(compiled).rewritten == []
+
+
+def turns_the_tail(x, cos, sin):
+    kept, turned = x[..., :-8], x[..., -8:]
+    return torch.cat((kept, turned * cos[:, None] + rotate_half(turned) * sin[:, None]), dim=-1)
+
+
+def test_guards_widths():
+    """A convention is found at one width and may not hold at another."""
+    compiled = graphfuse.optimize(turns_the_tail, inner="eager", dynamic=True, fullgraph=True, strict=True)
+    for width in (16, 24, 16):
+        x, cos, sin = torch.randn(B, H, S, width), *tables(8)
+        torch.testing.assert_close(compiled(x, cos, sin), turns_the_tail(x, cos, sin))
     assert graphfuse.report(compiled).counts == {"rope": 1}

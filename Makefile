@@ -1,5 +1,6 @@
 # make demo    trains two real architectures, plain and with graphfuse (build/demo.png)
 # make test    everything that needs no GPU
+# make zoo     every causal language model type of transformers, eager against graphfuse (docs/coverage.md)
 # make lint    ruff and mypy
 #
 # On a machine whose python already has a CUDA torch >= 2.11, use that one instead of installing another:
@@ -16,13 +17,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test zoo lint venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/pytest -n $(JOBS) --maxprocesses 8
+
+zoo: $(VENV)/.dev
+	$(BIN)/python -m tests.zoo
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

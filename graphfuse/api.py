@@ -10,6 +10,7 @@ from torch import nn
 
 from graphfuse import record
 from graphfuse.backend import Backend, pattern_names
+from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.reporting import Report
 
@@ -24,6 +25,7 @@ def optimize(
     fullgraph: bool = False,
     mode: str | None = None,
     patterns: Iterable[str] | None = None,
+    lazy_logits: bool = True,
     strict: bool = False,
     **inner_options: Any,
 ) -> Compilable:
@@ -36,6 +38,7 @@ def optimize(
         fullgraph: as in `torch.compile`.
         mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
         patterns: names of the patterns to use; all of them if `None`.
+        lazy_logits: return logits beside a fused loss as a tensor that is computed when it is read.
         strict: raise what goes wrong inside graphfuse instead of warning and compiling the graph as it was.
         inner_options: options for Inductor, by the names of `torch._inductor.config`.
 
@@ -48,8 +51,16 @@ def optimize(
     """
     if not callable(model):
         raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
-    options: dict[str, Any] = {"inner": inner, "patterns": patterns, "strict": strict, "mode": mode, **inner_options}
+    options: dict[str, Any] = {
+        "inner": inner,
+        "patterns": patterns,
+        "lazy_logits": lazy_logits,
+        "strict": strict,
+        "mode": mode,
+        **inner_options,
+    }
     config = Config.parse(options, pattern_names())
+    ignore_messages_said_once()
     if isinstance(model, nn.Module):
         options["patterns"] = config.patterns
         model.compile(backend="graphfuse", dynamic=dynamic, fullgraph=fullgraph, options=options)

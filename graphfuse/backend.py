@@ -12,12 +12,16 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 
+from graphfuse import lazy_outputs
+from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.inner import compile_inner
+from graphfuse.lazy_outputs import Plan
 from graphfuse.match import Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
 from graphfuse.record import GraphRecord, keep
@@ -25,6 +29,8 @@ from graphfuse.rewrite import rewrite
 from graphfuse.shadow import Shadow, Value, bodies_of, record
 
 log = logging.getLogger("graphfuse")
+
+ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
 
 
 def graphfuse(
@@ -74,8 +80,8 @@ def compile_graph(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, owner: object = None
 ) -> Callable[..., Any]:
     """Rewrite one graph and compile it; if that fails, compile it as it was."""
-    graph_record = GraphRecord(example_inputs, owner)
-    compiled = _compile(graph_module, example_inputs, config, graph_record)
+    graph_record = GraphRecord(graph_module, example_inputs, owner)
+    compiled = graph_record.watch(_compile(graph_module, example_inputs, config, graph_record))
     keep(graph_record)  # not before: Dynamo may abandon a graph and start over
     return compiled
 
@@ -85,7 +91,9 @@ def _compile(
 ) -> Callable[..., Any]:
     original = _duplicate(graph_module)
     try:
-        rewrite_graph(graph_module, example_inputs, config, graph_record)
+        # A checkpoint around the call that compiles counts what is saved: replay and proofs are not part of it.
+        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            plan = rewrite_graph(graph_module, example_inputs, config, graph_record)
     except Exception as error:
         if config.strict:
             raise
@@ -94,7 +102,7 @@ def _compile(
     if not any(site.status == "rewritten" for site in graph_record.sites):
         return compile_inner(graph_module, example_inputs, config)
     try:
-        return compile_inner(graph_module, example_inputs, config)
+        return plan.around(compile_inner(graph_module, example_inputs, config))
     except (TorchDynamoException, GraphfuseError):
         raise  # Dynamo steers itself with exceptions
     except Exception as error:
@@ -103,6 +111,10 @@ def _compile(
         compiled = compile_inner(original, example_inputs, config)  # fails too if it is not our doing
         _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
         return compiled
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _fall_back(stage: str, error: Exception, graph_record: GraphRecord) -> None:
@@ -116,15 +128,22 @@ def _fall_back(stage: str, error: Exception, graph_record: GraphRecord) -> None:
 
 def rewrite_graph(
     graph_module: fx.GraphModule, example_inputs: Iterable[Any], config: Config, graph_record: GraphRecord
-) -> None:
-    """Rewrite `graph_module` in place, bodies of checkpoints included."""
+) -> Plan:
+    """Rewrite `graph_module` in place, bodies of checkpoints included; the plan says which outputs it has lost."""
     chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
-    _rewrite_shadow(record(graph_module, example_inputs), chosen, graph_record)
+    shadow = record(graph_module, example_inputs)
+    outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
+    taken = _rewrite_shadow(shadow, chosen, graph_record)
+    plan = lazy_outputs.settle(outputs, shadow, taken)
+    for output in plan.outputs:
+        graph_record.add(output.match)
+    _finish(shadow)
     counts = {status: sum(s.status == status for s in graph_record.sites) for status in ("rewritten", "refused")}
     log.info("[%s] %d sites rewritten, %d refused", graph_record.graph, counts["rewritten"], counts["refused"])
+    return plan
 
 
-def _rewrite_shadow(shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord) -> None:
+def _rewrite_shadow(shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
     for pattern in patterns:
         for found in list(pattern.find(shadow)):
@@ -137,10 +156,16 @@ def _rewrite_shadow(shadow: Shadow, patterns: Sequence[Pattern], graph_record: G
                 graph_record.add(refusal or found)
                 if refusal is None:
                     taken.update(region)
-    shadow.graph_module.graph.lint()
-    shadow.graph_module.recompile()
     for body in shadow.bodies:
         _rewrite_shadow(body, patterns, graph_record)
+    return taken
+
+
+def _finish(shadow: Shadow) -> None:
+    for body in shadow.bodies:
+        _finish(body)
+    shadow.graph_module.graph.lint()
+    shadow.graph_module.recompile()
 
 
 def _duplicate(graph_module: fx.GraphModule) -> fx.GraphModule:

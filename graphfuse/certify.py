@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, exact_dtype, fingerprint, roots, small_sizes
 from graphfuse.match import Match
@@ -180,7 +181,7 @@ class _Proof:
         def replacement(known: dict[Value, Tensor]) -> Sequence[Tensor]:
             params = dict(self.match.params)
             if exact:
-                params = {k: exact_dtype(p) if isinstance(p, torch.dtype) else p for k, p in params.items()}
+                params = tree_map_only(torch.dtype, exact_dtype, params)
             try:
                 result = self.match.replacement(*(known[v] for v in self.match.inputs), **params)
             except (RuntimeError, ValueError, TypeError, IndexError) as error:

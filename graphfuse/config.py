@@ -18,6 +18,8 @@ class Config:
     Attributes:
         inner: the backend that compiles the rewritten graph: "inductor", "aot_eager", "eager" or any that torch knows.
         patterns: names of the patterns to use; all of them if `None`.
+        lazy_logits: return logits that only a reader outside the graph could want as a tensor that is computed when
+            it is read (`graphfuse.lazy`).
         strict: raise what goes wrong inside graphfuse; otherwise it warns, and compiles the graph as it was.
         mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
         inner_options: options for Inductor itself, by the names of `torch._inductor.config`.
@@ -25,6 +27,7 @@ class Config:
 
     inner: str = "inductor"
     patterns: tuple[str, ...] | None = None
+    lazy_logits: bool = True
     strict: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,13 +56,14 @@ class Config:
             for name in patterns:
                 if name not in known_patterns:
                     raise ConfigError(f"patterns: expected names among {sorted(known_patterns)}, got {name!r}")
-        for name in ("strict",):
+        for name in ("strict", "lazy_logits"):
             if not isinstance(kept.get(name, False), bool):
                 raise ConfigError(f"{name}: expected a bool, got {kept[name]!r}")
         inner_options = {**kept.get("inner_options", {}), **passed}
         return cls(
             inner=inner,
             patterns=patterns,
+            lazy_logits=kept.get("lazy_logits", True),
             strict=kept.get("strict", False),
             mode=kept.get("mode"),
             inner_options=inner_options,

@@ -131,7 +131,7 @@ def evaluate(
             continue
         if value.op is LEAF:
             raise CannotEvaluate(f"{value.node.name}: expected a computed value, got a leaf")
-        if torch.Tag.nondeterministic_seeded in value.op.tags:
+        if torch.Tag.nondeterministic_seeded in value.op.tags and not _drops_nothing(value):
             raise CannotEvaluate(f"{value.node.name}: expected no random numbers, got {value.op}")
         args = [_argument(a, results, exact, device) for a in value.args]
         kwargs = {k: _argument(a, results, exact, device) for k, a in value.kwargs.items()}
@@ -146,6 +146,15 @@ def evaluate(
                 raise CannotEvaluate(f"{value.node.name}: expected {value.op} to run, got: {message}") from error
         results[value] = result[value.output] if isinstance(result, (tuple, list)) else result
     return results
+
+
+def _drops_nothing(value: Value) -> bool:
+    """Whether the operation is random only by a dropout that is off."""
+    names = [argument.name for argument in value.op._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    position = names.index("dropout_p")
+    return value.args[position] == 0 if len(value.args) > position else value.kwargs.get("dropout_p", 0) == 0
 
 
 def _protect(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:

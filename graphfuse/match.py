@@ -137,10 +137,11 @@ def number(item: Any) -> float | None:
 def scalar(item: Any) -> float | None:
     """`number`, or the content of a constant that the graph made from a Python number."""
     if isinstance(item, Value):
-        if item.op in CASTS or item.op in IDENTITIES:
+        if item.op in CASTS or item.op in IDENTITIES or item.op is aten.detach.default:
             return scalar(item.args[0])
         if item.op is aten.full.default and item.tensor.numel() == 1:
-            return number(item.args[1])
+            content = number(item.args[1])
+            return None if content is None else torch.tensor(content, dtype=item.dtype).item()
         if item.op is aten.scalar_tensor.default:
             return number(item.args[0])
         return None

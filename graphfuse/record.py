@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._guards import CompileContext
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -17,9 +18,13 @@ from graphfuse.reporting import Report, Site
 
 
 class GraphRecord:
-    """One compiled graph: its sites, and the parameters that tell whose it is."""
+    """One compiled graph: its sites, and the parameters that tell whose it is.
 
-    def __init__(self, example_inputs: Iterable[Any], owner: object = None) -> None:
+    A graph of a layer may serve all equal layers, whose parameters are then its inputs in turn. They are told apart by
+    one parameter, the `marker`.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], owner: object = None) -> None:
         compile_id = CompileContext.current_compile_id()
         self.graph = str(compile_id) if compile_id is not None else "0/0"
         self.owner = owner
@@ -27,11 +32,45 @@ class GraphRecord:
         self.sites: list[Site] = []
         self.notes: list[str] = []
         self.parameters: Any = WeakIdKeyDictionary()  # used as a set
+        self.marker = next((k for k, value in enumerate(example_inputs) if isinstance(value, nn.Parameter)), None)
+        self.marker_path = ""  # from the module whose frame was compiled
+        self.markers: list[weakref.ref[Tensor]] = []
         for value in example_inputs:
             if isinstance(value, nn.Parameter):
                 self.parameters[value] = None
+        if self.marker is not None:
+            placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+            source = getattr(placeholders[self.marker], "_dynamo_source", None)
+            name = getattr(source, "name", "")
+            self.marker_path = _path(name() if callable(name) else name)  # a method before torch 2.13
+            self.markers.append(weakref.ref(example_inputs[self.marker]))
         # Some wrappers hide the parameters from the backend: such a graph may be anybody's.
         self.anonymous = not self.parameters and owner is None
+
+    def watch(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, noting for which module each call is."""
+        position = self.marker
+        if position is None or not self.sites:
+            return compiled
+        seen = {id(marker()) for marker in self.markers}
+
+        def call(*args: Any) -> Any:
+            marker = args[position]
+            if id(marker) not in seen:
+                seen.add(id(marker))
+                self.markers.append(weakref.ref(marker))
+                self.parameters[marker] = None
+            return compiled(*args)
+
+        return call
+
+    def instances(self, names: Mapping[int, Sequence[str]]) -> list[str]:
+        """The paths of the modules that the graph has run for; `names` are those of a model's parameters, by id."""
+        paths = []
+        for marker in self.markers:
+            full = next((n for n in names.get(id(marker()), ()) if n.endswith(self.marker_path)), None)
+            paths.append("" if full is None else full[: len(full) - len(self.marker_path)].rstrip("."))
+        return paths or [""]
 
     def add(self, found: Match | Refusal) -> None:
         """Note a rewritten match or a refusal."""
@@ -66,8 +105,10 @@ def keep(record: GraphRecord) -> None:
 
 def report_of(model: nn.Module) -> Report:
     """One report over all graphs that were compiled with a parameter of `model`."""
-    own = {id(parameter) for parameter in model.parameters()}
-    return _merge(r for r in _records if r.anonymous or any(id(p) in own for p in r.parameters))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
+    return _merge((r for r in _records if r.anonymous or any(id(p) in names for p in r.parameters)), names)
 
 
 def report_of_owner(owner: object) -> Report:
@@ -88,10 +129,17 @@ def last() -> Report:
     return _merge(r for r in _records if r is newest or any(id(p) in own for p in r.parameters))
 
 
-def _merge(records: Iterable[GraphRecord]) -> Report:
+def _merge(records: Iterable[GraphRecord], names: Mapping[int, Sequence[str]] | None = None) -> Report:
+    """All sites, once for every module that their graph has run for."""
     report = Report()
+    numbers: dict[int, int] = {}  # of modules whose path is not known
     for record in records:
-        report.sites.extend(record.sites)
+        markers = [id(marker()) for marker in record.markers] or [0]
+        for marker, path in zip(markers, record.instances(names or {}), strict=True):
+            instance = path or f"#{numbers.setdefault(marker, len(numbers))}"
+            for site in record.sites:
+                module = ".".join(part for part in (path, site.module) if part)
+                report.sites.append(replace(site, module=module, instance=instance))
         report.notes.extend(note for note in record.notes if note not in report.notes)
     return report
 
@@ -104,10 +152,13 @@ def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = str(next(reversed(stack.values()))[0])
-    path = re.sub(r"\._modules\[['\"]([^'\"]+)['\"]\]", r".\1", path)
+    return _path(str(next(reversed(stack.values()))[0]))
+
+
+def _path(path: str) -> str:
+    path = re.sub(r"\._(?:modules|parameters)\[['\"]([^'\"]+)['\"]\]", r".\1", path)
     path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
-    parts = [part for part in path.split(".") if part not in ("_orig_mod", "_modules", "")]
+    parts = [part for part in path.split(".") if part not in ("_orig_mod", "_modules", "_parameters", "")]
     return ".".join(parts[2:] if parts[:1] in (["L"], ["G"]) else parts)
 
 

@@ -55,14 +55,16 @@ class Site:
     """Computations it stands for: a fused q/k-norm + RoPE site covers two rms_norm and two rope."""
     graph: str = ""
     """Compile id of its graph, frame/recompilation: "0/0"."""
+    instance: str = ""
+    """Which of the modules that share the graph: equal layers compiled one by one."""
 
 
 @dataclass
 class Report:
     """All sites of one model over all its graphs.
 
-    A frame that was compiled again, for other shapes or for eval, appears again in `sites`; `counts` and the table
-    take its newest compilation only, so that nothing counts twice.
+    A frame that was compiled again for the same module, for other shapes or for eval, appears again in `sites`;
+    `counts` and the table take its newest compilation only, so that nothing counts twice.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -72,8 +74,8 @@ class Report:
     @property
     def current(self) -> list[Site]:
         """The sites of each frame's newest compilation."""
-        newest = {_frame(site.graph): site.graph for site in self.sites}
-        return [site for site in self.sites if newest[_frame(site.graph)] == site.graph]
+        newest = {(_frame(site.graph), site.instance): site.graph for site in self.sites}
+        return [site for site in self.sites if newest[_frame(site.graph), site.instance] == site.graph]
 
     @property
     def rewritten(self) -> list[Site]:

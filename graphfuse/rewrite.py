@@ -115,7 +115,7 @@ def _commit(match: Match, shadow: Shadow) -> str | None:
         shadow.node_of[value] = proxy.node
         shadow.value_of[proxy.node] = value
         shadow.storage_nodes.setdefault(storage_key(value.tensor), set()).add(proxy.node)
-    _erase(region_nodes, shadow)
+    erase(region_nodes, shadow)
     return None
 
 
@@ -194,7 +194,7 @@ def _describe(before: fx.Node, after: fx.Node) -> None:
         node = node.next
 
 
-def _erase(nodes: set[fx.Node], shadow: Shadow) -> None:
+def erase(nodes: set[fx.Node], shadow: Shadow) -> None:
     """Remove what nothing reads any more.
 
     Dead-code elimination would also take in-place operations whose result nobody names. A node that writes is removed

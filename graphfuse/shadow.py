@@ -21,7 +21,12 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+aten = torch.ops.aten
+
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 LEAF = "leaf"  # `Value.op` of a tensor that no recorded operation produced
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.select.int, aten.slice.Tensor)
 
 
 @dataclass(eq=False, slots=True)
@@ -120,6 +125,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.shadow = shadow
         self.node: fx.Node | None = None
+        self.quiet = False
         self.current: dict[int, tuple[Value, int]] = {}  # id(tensor) -> value, version of its storage
         self.version: dict[int, int] = {}
 
@@ -144,11 +150,13 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.quiet:
+            return func(*args, **kwargs)
         if _is_composite(func):  # inference mode dispatches these whole
             with self:
                 return func.decompose(*args, **kwargs)
-        recorded = tuple(self._record(arg) for arg in args)
-        recorded_kwargs = {name: self._record(arg) for name, arg in kwargs.items()}
+        recorded = tuple(self.record(arg) for arg in args)
+        recorded_kwargs = {name: self.record(arg) for name, arg in kwargs.items()}
         result = func(*args, **kwargs)
         changed = self._note_mutation(func, args, kwargs)
         outputs = result if isinstance(result, (tuple, list)) else (result,)
@@ -159,11 +167,11 @@ class _Recorder(TorchDispatchMode):
                     self.shadow.mutations.setdefault(key, []).append(value.index)
         return result
 
-    def _record(self, arg: Any) -> Any:
+    def record(self, arg: Any) -> Any:
         if isinstance(arg, Tensor):
             return self.lookup(arg)
         if isinstance(arg, (list, tuple)):
-            return [self._record(item) for item in arg]
+            return [self.record(item) for item in arg]
         return arg
 
     def _note_mutation(self, func: Any, args: Any, kwargs: Any) -> set[int]:
@@ -203,7 +211,7 @@ class _Replay(fx.Interpreter):
             # `.item()` would make a fresh, unbacked one.
             return example
         try:
-            result = super().run_node(n)
+            result = self.run_attention(n) if n.target is _ATTENTION else super().run_node(n)
         except Exception:
             if "example_value" not in n.meta:
                 raise
@@ -212,6 +220,22 @@ class _Replay(fx.Interpreter):
             self.autocast.append(result)
         elif n.target is torch.amp.autocast_mode._exit_autocast and self.autocast:
             self.autocast.pop()
+        return result
+
+    def run_attention(self, n: fx.Node) -> Any:
+        """Record attention as one operation: what it would dispatch to depends on the device and its mask."""
+        if self.autocast or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return super().run_node(n)  # casts come first
+        recorder = self.recorder
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        recorded = tuple(recorder.record(arg) for arg in args)
+        recorded_kwargs = {name: recorder.record(arg) for name, arg in kwargs.items()}
+        recorder.quiet = True
+        try:
+            result = super().run_node(n)
+        finally:
+            recorder.quiet = False
+        recorder.define(aten.scaled_dot_product_attention.default, recorded, recorded_kwargs, result, 0)
         return result
 
     def close(self) -> None:
@@ -320,9 +344,27 @@ def _relate(shadow: Shadow, env: dict[fx.Node, Any], recorder: _Recorder) -> Non
     for value in shadow.values:
         if value not in shadow.node_of and value.op is LEAF and id(value.tensor) in first:
             shadow.node_of[value] = first[id(value.tensor)]
-    # Autograd detaches what it saves: operations inside a node whose result nothing reads are not uses.
+    _unstack(shadow)
+    # What nothing reads is no use: what autograd detaches to save it, what a graph computes and drops.
     for value in reversed(shadow.values):
-        if value.users or value in shadow.node_of or value.op is LEAF or value.op._schema.is_mutable:
+        if value.users or value in shadow.escaping or value.op is LEAF or value.op._schema.is_mutable:
+            continue
+        if value in shadow.node_of and value.op not in (aten.stack.default, *_VIEWS):
             continue
         for operand in value.operands():
             operand.users.remove(value)
+
+
+def _unstack(shadow: Shadow) -> None:
+    """Let what is taken out of a stack be what was put in: the logits of several heads, each with its loss."""
+    for value in shadow.values:
+        stack = value.args[0] if value.op is aten.select.int else None
+        if stack is None or stack.op is not aten.stack.default or storage_key(stack.tensor) in shadow.mutations:
+            continue
+        parts, dim = stack.args[0], (stack.args[1] if len(stack.args) > 1 else 0)
+        if value.args[1] % stack.tensor.dim() != dim % stack.tensor.dim() or not isinstance(value.args[2], int):
+            continue
+        part = parts[value.args[2]]
+        value.op, value.args = aten.alias.default, (part,)
+        stack.users.remove(value)
+        part.users.append(value)

@@ -1,13 +1,18 @@
-"""Cross-entropy of a chunk of logits, and its gradient written over them: one program per row, two reads, one write.
+"""What a loss needs of a chunk of logits, and its gradient written over them: a program per row, two reads, one write.
 
-    z    = f(scale * a),  f(u) = cap * tanh(u / cap), or u without a soft cap       a: logits as the GEMM left them
-    lse  = log sum_c exp(z_c)                                                       p = softmax(z)
-    loss = (1 - s) * w_y * (lse - z_y)  +  s / V * sum_c w_c * (lse - z_c)  +  zl * lse ** 2
-    dz_c = p_c * ((1 - s) * w_y + s / V * sum w + 2 * zl * lse)  -  s / V * w_c  -  [c = y] * (1 - s) * w_y
-    a_c <- r * dz_c * f'(scale * a_c) * scale
+    z      = f(scale * a),  f(u) = cap * tanh(u / cap), or u without a soft cap     a: logits as the GEMM left them
+    lse    = log sum_c exp(z_c)                                                     p = softmax(z)
+    nll    = lse - z_y
+    smooth = sum_c w_c * (lse - z_c)                                                w: class weights, 1 without
 
-with s the label smoothing, w the class weights (1 without), zl the z-loss and r the upstream gradient of the row.
-A row whose target is `ignore_index` has loss 0 and gradient 0.
+Every loss over logits is linear in these numbers and the square of one, L = A nll + S smooth + G lse + Q lse ** 2 with
+factors of each row (cross-entropy, label smoothing, z-loss; log-probabilities with any gradient), and so
+
+    dz_c = p_c * (A + S * sum w + G + 2 * Q * lse)  -  S * w_c  -  [c = y] * A
+    a_c <- dz_c * f'(scale * a_c) * scale
+
+A row without a target (`NO_TARGET`) has nll 0 and no use for A. A row whose factors are all 0 is skipped: its numbers
+and its gradient are 0.
 
 Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (online softmax); Liger-Kernel (gradient in place).
 """
@@ -15,12 +20,15 @@ Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (online soft
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphfuse.kernels._triton import tl, triton
+
+NO_TARGET = -(2**63)  # what a target is replaced by where there is none: no class, and no number that a user marks with
 
 # Row strides are multiples of this many elements: rows of an odd vocabulary start aligned, for cuBLAS and for 16-byte
 # loads, and a mask that ends on a multiple of it does not split them.
@@ -32,65 +40,90 @@ MAX_WARPS = 32
 SCALE_BLOCK = 4096
 
 
-class LossOptions(NamedTuple):
-    """What of the loss is fixed when the kernel is compiled."""
+class Logits(NamedTuple):
+    """How logits follow from the product: what of the loss is fixed when the kernel is compiled."""
 
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    logit_scale: float = 1.0
+    scale: float = 1.0
     softcap: float = 0.0
-    z_loss: float = 0.0
+
+
+class TokenLosses(NamedTuple):
+    """What the pass finds out about each row; see the formulas. `None`: not asked for."""
+
+    nll: Tensor | None = None  # (C,)
+    smooth: Tensor | None = None  # (C,)
+    lse: Tensor | None = None  # (C,)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenLosses:
+        """Change those that are not `None`."""
+        return TokenLosses(*(None if loss is None else change(loss) for loss in self))
+
+
+class Factors(NamedTuple):
+    """What multiplies them in the loss, row by row: A, S, G and Q of the formulas. `None`: 0."""
+
+    nll: Tensor | None = None  # (C,)
+    smooth: Tensor | None = None  # (C,)
+    lse: Tensor | None = None  # (C,)
+    square: Tensor | None = None  # (C,)
+
+    def given(self) -> list[Tensor]:
+        """Those that are not `None`."""
+        return [factor for factor in self if factor is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        """Change those that are not `None`."""
+        return Factors(*(None if factor is None else change(factor) for factor in self))
 
 
 def softmax_grad_reference(
-    logits: Tensor,  # (C, V), overwritten by their gradient
+    logits: Tensor,  # (C, V)
+    grad: Tensor | None,  # (C, V), written over the logits, where it may have another dtype; None: not wanted
     target: Tensor,  # (C,)
-    scale: Tensor | None,  # (C,), upstream gradient of each row; None: only the loss
     class_weight: Tensor | None,  # (V,)
-    options: LossOptions,
-    losses: Tensor,  # (C,), written
+    options: Logits,
+    losses: TokenLosses,  # written
+    factors: Factors,
 ) -> None:
     """Do in torch operations, in the dtype of `losses`, what the kernel does."""
-    vocab = logits.shape[1]
-    smoothing = options.label_smoothing
-    counted = target != options.ignore_index
-    index = torch.where(counted, target, 0).unsqueeze(1)
+    compute = next(found.dtype for found in losses if found is not None)
+    rows, vocab = logits.shape
+    has_target = target != NO_TARGET
+    given = factors.given()
+    kept = torch.stack([factor != 0 for factor in given]).any(0) if given else torch.ones_like(has_target)
+    index = torch.where(has_target & kept, target, 0).unsqueeze(1)
 
-    z = logits.to(losses.dtype) * options.logit_scale
+    z = logits.to(compute) * options.scale
     slope = None
     if options.softcap:
         bent = torch.tanh(z / options.softcap)
         z = options.softcap * bent
         slope = 1 - bent * bent
     log_p = z.log_softmax(1)
+    weight_sum = vocab if class_weight is None else class_weight.sum()
 
-    weight = torch.ones_like(losses) if class_weight is None else class_weight.to(losses.dtype)[index[:, 0]]
-    factor = (1 - smoothing) * weight  # of p, in the gradient
-    loss = -factor * log_p.gather(1, index)[:, 0]
-    uniform: Tensor | float = smoothing / vocab
-    if smoothing and class_weight is None:
-        loss -= uniform * log_p.sum(1)
-        factor = factor + smoothing
-    elif smoothing and class_weight is not None:
-        uniform = uniform * class_weight.to(losses.dtype)
-        loss -= (uniform * log_p).sum(1)
-        factor = factor + uniform.sum()
-    if options.z_loss:
-        lse = z.logsumexp(1)
-        loss += options.z_loss * lse * lse
-        factor = factor + 2 * options.z_loss * lse
-    losses.copy_(torch.where(counted, loss, 0))
-    if scale is None:
+    def write(out: Tensor | None, value: Tensor, where: Tensor) -> None:
+        if out is not None:
+            out.copy_(torch.where(where, value, 0))
+
+    lse = z.logsumexp(1)
+    write(losses.nll, -log_p.gather(1, index)[:, 0], kept & has_target)
+    write(losses.smooth, -(log_p if class_weight is None else log_p * class_weight).sum(1), kept)
+    write(losses.lse, lse, kept)
+    if grad is None:
         return
 
-    grad = log_p.exp_().mul_(factor.unsqueeze(1))
-    if smoothing:
-        grad -= uniform
-    grad.scatter_(1, index, grad.gather(1, index) - ((1 - smoothing) * weight).unsqueeze(1))
+    zero = lse.new_zeros(rows)
+    on_target, smooth, on_lse, square = (zero if factor is None else factor for factor in factors)
+    on_target = torch.where(has_target, on_target, 0)
+    dz = log_p.exp_().mul_((on_target + smooth * weight_sum + on_lse + 2 * square * lse).unsqueeze(1))
+    if factors.smooth is not None:
+        dz -= smooth.unsqueeze(1) if class_weight is None else smooth.unsqueeze(1) * class_weight
+    dz.scatter_(1, index, dz.gather(1, index) - on_target.unsqueeze(1))
     if slope is not None:
-        grad *= slope
-    grad *= (scale.to(losses.dtype) * options.logit_scale).unsqueeze(1)
-    logits.copy_(grad.masked_fill_(~counted.unsqueeze(1), 0))
+        dz *= slope
+    dz *= options.scale
+    grad.copy_(dz.masked_fill_(~kept.unsqueeze(1), 0))
 
 
 @triton.jit
@@ -105,49 +138,66 @@ def tl_tanh(u):
 
 
 @triton.jit
+def tl_load_or_zero(ptr, row):
+    """Return the number of a row, 0 where the tensor is None."""
+    number = 0.0
+    if ptr is not None:
+        number = tl.load(ptr + row)
+    return number
+
+
+@triton.jit
 def _softmax_grad_kernel(  # noqa: PLR0912 - its branches are options, decided when it is compiled
     logits_ptr,  # [C, V], row stride L
-    target_ptr,  # [C]
-    scale_ptr,  # [C], any float dtype
-    class_weight_ptr,  # [V], fp32
-    weight_sum_ptr,  # [], fp32, sum of the class weights
-    loss_ptr,  # [C], fp32
-    target_stride,
-    scale_stride,  # 0: one scale for all rows
+    grad_ptr,  # the same memory, its dtype may be another of the same size; None: no gradient
+    target_ptr,  # [C], int64
+    class_weight_ptr,  # [V], fp32, or None
+    weight_sum_ptr,  # [], fp32, sum of the class weights, or None
+    nll_ptr,  # [C], fp32, or None; the same for the two that follow
+    smooth_ptr,
+    lse_ptr,
+    nll_factor_ptr,  # [C], fp32, or None; the same for the three that follow
+    smooth_factor_ptr,
+    lse_factor_ptr,
+    square_factor_ptr,
     V,
     L,
-    ignore_index,
-    LABEL_SMOOTHING: tl.constexpr,
-    LOGIT_SCALE: tl.constexpr,
+    NO_TARGET: tl.constexpr,
+    SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
+    HAS_FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * L can exceed 2**31
     row_ptr = logits_ptr + row * L
     offs = tl.arange(0, BLOCK)
-    target = tl.load(target_ptr + row * target_stride).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    on_target = tl_load_or_zero(nll_factor_ptr, row)
+    smooth = tl_load_or_zero(smooth_factor_ptr, row)
+    on_lse = tl_load_or_zero(lse_factor_ptr, row)
+    square = tl_load_or_zero(square_factor_ptr, row)
 
-    if target == ignore_index:
-        tl.store(loss_ptr + row, 0.0)
-        if HAS_GRAD:
-            for start in tl.range(0, L, BLOCK):
-                zero = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
-                tl.store(row_ptr + start + offs, zero, mask=start + offs < L)
-        return
+    if HAS_FACTORS:  # noqa: SIM102 - decided when it is compiled, the next one for each row
+        if (on_target == 0.0) & (smooth == 0.0) & (on_lse == 0.0) & (square == 0.0):
+            if nll_ptr is not None:
+                tl.store(nll_ptr + row, 0.0)
+            if smooth_ptr is not None:
+                tl.store(smooth_ptr + row, 0.0)
+            if lse_ptr is not None:
+                tl.store(lse_ptr + row, 0.0)
+            if grad_ptr is not None:
+                for start in tl.range(0, L, BLOCK):
+                    zero = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
+                    tl.store(grad_ptr + row * L + start + offs, zero, mask=start + offs < L)
+            return
 
-    # A target outside the classes reads nothing and turns its row into NaN.
+    # A target outside the classes reads nothing and makes NaN of what depends on it.
+    has_target = target != NO_TARGET
     inside = (target >= 0) & (target < V)
-    at_target = tl.load(row_ptr + target, mask=inside, other=0.0).to(tl.float32) * LOGIT_SCALE
+    at_target = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32) * SCALE
     if SOFTCAP != 0.0:
         at_target = SOFTCAP * tl_tanh(at_target / SOFTCAP)
-    at_target = tl.where(inside, at_target, float("nan"))
-    factor = 1.0 - LABEL_SMOOTHING
-    if HAS_WEIGHT:
-        factor *= tl.load(class_weight_ptr + target, mask=inside, other=0.0)
-    # Sums over all classes are taken relative to the target's logit, so that a large common offset costs no digits.
+    # Sums over all classes are taken relative to one logit, so that a large common offset costs no digits.
     pivot = tl.where(at_target > float("-inf"), at_target, 0.0)
 
     top = float("-inf")
@@ -157,12 +207,12 @@ def _softmax_grad_kernel(  # noqa: PLR0912 - its branches are options, decided w
         cols = start + offs
         # L, not V: the mask then keeps whole vectors together. What lies between was never written.
         z = tl.load(row_ptr + cols, mask=cols < L, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        z = tl.where(cols < V, z, 0.0) * LOGIT_SCALE
+        z = tl.where(cols < V, z, 0.0) * SCALE
         if SOFTCAP != 0.0:
             z = SOFTCAP * tl_tanh(z / SOFTCAP)
-        if LABEL_SMOOTHING != 0.0:
+        if smooth_ptr is not None:
             distance = z - pivot
-            if HAS_WEIGHT:
+            if class_weight_ptr is not None:
                 distance *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
             spread += tl.sum(tl.where(cols < V, distance, 0.0))
         z = tl.where(cols < V, z, float("-inf"))
@@ -173,80 +223,80 @@ def _softmax_grad_kernel(  # noqa: PLR0912 - its branches are options, decided w
 
     # Shifted form: log(total) - (at_target - top), never (top + log(total)) - at_target.
     log_total = tl.log(total)
-    loss = factor * (log_total - (at_target - top))
-    bracket = factor
-    if LABEL_SMOOTHING != 0.0:
-        weight_sum = V * 1.0
-        if HAS_WEIGHT:
-            weight_sum = tl.load(weight_sum_ptr)
-        loss += LABEL_SMOOTHING / V * (weight_sum * (log_total + (top - pivot)) - spread)
-        bracket += LABEL_SMOOTHING / V * weight_sum
-    if Z_LOSS != 0.0:
-        lse = top + log_total
-        loss += Z_LOSS * lse * lse
-        bracket += 2.0 * Z_LOSS * lse
-    tl.store(loss_ptr + row, loss)
+    weight_sum = V * 1.0
+    if class_weight_ptr is not None:
+        weight_sum = tl.load(weight_sum_ptr)
+    if nll_ptr is not None:
+        nll = log_total - (at_target - top)
+        tl.store(nll_ptr + row, tl.where(has_target, tl.where(inside, nll, float("nan")), 0.0))
+    if smooth_ptr is not None:
+        tl.store(smooth_ptr + row, weight_sum * (log_total + (top - pivot)) - spread)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, top + log_total)
 
-    if HAS_GRAD:
-        upstream = tl.load(scale_ptr + row * scale_stride).to(tl.float32) * LOGIT_SCALE
-        upstream = tl.where(inside, upstream, float("nan"))
-        p_factor = upstream * bracket / total
+    if grad_ptr is not None:
+        on_target = tl.where(has_target, on_target, 0.0) * SCALE
+        on_target = tl.where(inside | (on_target == 0.0), on_target, float("nan"))
+        smooth *= SCALE
+        p_factor = on_target + smooth * weight_sum + SCALE * (on_lse + 2.0 * square * (top + log_total))
+        p_factor /= total
         tl.debug_barrier()  # every read of this row so far comes before any write to it
         for start in tl.range(0, L, BLOCK, num_stages=2):
             cols = start + offs
             z = tl.load(row_ptr + cols, mask=cols < L, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            z = tl.where(cols < V, z, 0.0) * LOGIT_SCALE
+            z = tl.where(cols < V, z, 0.0) * SCALE
             if SOFTCAP != 0.0:
                 bent = tl_tanh(z / SOFTCAP)
                 z = SOFTCAP * bent
             grad = tl.exp(z - top) * p_factor
-            if LABEL_SMOOTHING != 0.0:
-                uniform = upstream * (LABEL_SMOOTHING / V)
-                if HAS_WEIGHT:
+            if smooth_factor_ptr is not None:
+                uniform = smooth
+                if class_weight_ptr is not None:
                     uniform *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
                 grad -= uniform
-            grad = tl.where(cols == target, grad - upstream * factor, grad)
+            grad = tl.where(cols == target, grad - on_target, grad)
             if SOFTCAP != 0.0:
                 grad *= 1.0 - bent * bent
-            grad = tl.where(cols < V, grad, 0.0).to(logits_ptr.dtype.element_ty)
-            tl.store(row_ptr + cols, grad, mask=cols < L, eviction_policy="evict_first")
+            grad = tl.where(cols < V, grad, 0.0).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + row * L + cols, grad, mask=cols < L, eviction_policy="evict_first")
 
 
 def softmax_grad_triton(
     logits: Tensor,
+    grad: Tensor | None,
     target: Tensor,
-    scale: Tensor | None,
     class_weight: Tensor | None,
-    options: LossOptions,
-    losses: Tensor,
+    options: Logits,
+    losses: TokenLosses,
+    factors: Factors,
 ) -> None:
-    """Launch the kernel; arguments as in the reference, but losses and class weights are fp32 and rows are padded."""
+    """Launch the kernel; arguments as in the reference, but dense, fp32 and int64, and rows are padded."""
     rows, vocab = logits.shape
     row_stride = logits.stride(0)
     assert logits.stride(1) == 1, "logits must be dense along the classes"
     assert row_stride >= vocab, "rows of logits must not overlap"
     assert row_stride % ROW_MULTIPLE == 0, "rows of logits must be padded"
-    assert losses.dtype == torch.float32, "the kernel computes in fp32"
+    assert grad is None or (grad.data_ptr(), grad.stride()) == (logits.data_ptr(), logits.stride()), "same memory"
+    assert target.dtype == torch.int64, "targets must be int64"
+    vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]
+    assert all(vector.is_contiguous() for vector in vectors), "one number a row, or a class, without gaps"
+    assert all(vector.dtype == torch.float32 for vector in vectors[1:]), "the kernel computes in fp32"
     block = min(MAX_BLOCK_BYTES // logits.element_size(), triton.next_power_of_2(row_stride))
     with torch.cuda.device(logits.device.index if logits.is_cuda else -1):
         _softmax_grad_kernel[(rows,)](
             logits,
+            grad,
             target,
-            scale,
             class_weight,
             None if class_weight is None else class_weight.sum(),
-            losses,
-            target.stride(0),
-            0 if scale is None else scale.stride(0),
+            *losses,
+            *factors,
             vocab,
             row_stride,
-            options.ignore_index,
-            LABEL_SMOOTHING=float(options.label_smoothing),
-            LOGIT_SCALE=float(options.logit_scale),
+            NO_TARGET=NO_TARGET,
+            SCALE=float(options.scale),
             SOFTCAP=float(options.softcap),
-            Z_LOSS=float(options.z_loss),
-            HAS_WEIGHT=class_weight is not None,
-            HAS_GRAD=scale is not None,
+            HAS_FACTORS=bool(factors.given()),
             BLOCK=block,
             num_warps=min(MAX_WARPS, max(4, block // 512)),
         )

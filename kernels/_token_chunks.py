@@ -1,32 +1,53 @@
-"""The chunk loop of `linear_cross_entropy`: how many tokens at a time, the three GEMMs, and the pass between them."""
+"""The chunk loop of the head: which tokens, how many at a time, the three GEMMs, and the pass between them.
+
+Tokens whose loss has no weight cost nothing: the others are gathered, chunk by chunk, and their gradients scattered
+back. That takes one number on the host, how many there are. It travels by an asynchronous copy that the GPU makes as
+soon as it reaches the op, and the host waits for it before it launches the first GEMM; so the GPU idles for the time of
+a launch (about 30 us) and the host loses its lead, which it wins back during the GEMMs. Where these are small, and
+while a CUDA graph is captured, all tokens go through and the pass skips the rows without weight.
+"""
 # Shape letters: N = tokens, H = features of a token, V = classes (vocabulary).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphfuse.kernels._softmax_grad import (
+    NO_TARGET,
     ROW_MULTIPLE,
-    LossOptions,
+    Factors,
+    Logits,
+    TokenLosses,
     softmax_grad_reference,
     softmax_grad_triton,
 )
+from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, weight_grad
 
 # 2048 tokens of 128256 bf16 classes: there a H200 takes 1.05 times the three GEMMs, and larger chunks gain 1 % more.
 GPU_LOGITS_BYTES = 2**29
 # Below 1024 rows a GEMM no longer fills the GPU, above 8192 it no longer gets faster.
 GPU_CHUNK_TOKENS = (1024, 8192)
 GPU_CHUNK_MULTIPLE = 128  # rows of a GEMM tile
-# A weight's gradient that is summed in its own dtype is rounded once a chunk. Rather than go over these many chunks, a
-# larger buffer for logits: it takes less memory than a sum in fp32.
+# A weight's gradient is rounded once a chunk. Rather than go over these many chunks, a larger buffer for logits.
 GPU_MAX_CHUNKS = 16
+GPU_WORTH_A_WAIT = 2**40  # multiplications and additions, of 1 to 2 ms, that make 30 us of waiting a detail
 
 CPU_LOGITS_BYTES = 2**25  # about a last-level cache
 CPU_CHUNK_TOKENS = (16, 8192)
 CPU_CHUNK_MULTIPLE = 16
+
+
+class Head(NamedTuple):
+    """The tensors of a head."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    target: Tensor  # (N,), or NO_TARGET
+    class_weight: Tensor | None  # (V,)
 
 
 class Needs(NamedTuple):
@@ -35,6 +56,13 @@ class Needs(NamedTuple):
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+
+
+class Chunks(NamedTuple):
+    """How the tokens go through: how many at a time, 0 to choose; and whether those without weight are left out."""
+
+    size: int = 0
+    compact: bool | None = None  # None: if it pays
 
 
 def chunk_tokens(tokens: int, vocab: int, itemsize: int, *, on_cpu: bool) -> int:
@@ -52,93 +80,124 @@ def chunk_tokens(tokens: int, vocab: int, itemsize: int, *, on_cpu: bool) -> int
     return -(-tokens // (chunks * multiple)) * multiple
 
 
-def count_tokens(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """Return what a mean divides by, as a 0-d tensor: the host never learns it."""
-    counted = target != ignore_index
-    if class_weight is None:
-        return counted.sum().to(dtype)
-    index = target.clamp(0, class_weight.shape[0] - 1)
-    return torch.where(counted, class_weight.to(dtype)[index], 0).sum()
+def kept_tokens(factors: Factors, work: int, compact: bool | None) -> Tensor | None:
+    """Return the numbers of the tokens with a factor that is not 0, in order; `None` stands for all."""
+    given = factors.given()
+    if not given or compact is False:
+        return None
+    if given[0].is_cuda and compact is None and (work < GPU_WORTH_A_WAIT or torch.cuda.is_current_stream_capturing()):
+        return None
+    kept = given[0] != 0
+    for factor in given[1:]:
+        kept |= factor != 0
+    if not kept.is_cuda:
+        numbers = kept.nonzero().squeeze(1)
+        return None if len(numbers) == len(kept) else numbers
+    count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(kept.sum(), non_blocking=True)
+    known = torch.cuda.Event()
+    known.record()
+    numbers = kept.to(torch.uint8).argsort(descending=True, stable=True)
+    known.synchronize()
+    return None if int(count) == len(kept) else numbers[: int(count)]
 
 
 def run_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    scale: Tensor,  # (N,) or (), upstream gradient of each token's loss
-    options: LossOptions,
-    compute: torch.dtype,
-    grad_dtype: torch.dtype,
-    chunk_size: int,
+    head: Head,
+    factors: Factors | None,  # (N,) each, of the tokens' losses in the loss whose gradients are wanted
+    options: Logits,
+    wanted: tuple[bool, bool, bool],  # of the fields of TokenLosses
     needs: Needs,
+    chunks: Chunks,
+    grad_dtype: torch.dtype,
     *,
     use_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return each token's loss in `compute`, and the gradients, in `grad_dtype`, of their sum weighted by `scale`."""
-    tokens, vocab = hidden.shape[0], weight.shape[0]
-    on_cpu = hidden.device.type == "cpu"
+) -> tuple[TokenLosses, Tensor, Tensor, Tensor]:
+    """Return the tokens' losses, and the gradients, in `grad_dtype`, of their sum times `factors`.
+
+    Without factors all tokens count, and nothing has a gradient.
+    """
+    hidden, weight, bias, target, class_weight = head
+    (all_tokens, features), vocab = hidden.shape, weight.shape[0]
+    compute = compute_dtype(hidden.dtype)
+    factors = Factors() if factors is None else factors.map(lambda f: f.to(compute).contiguous())
+    class_weight = None if class_weight is None else class_weight.to(compute).contiguous()
+    work = 2 * (1 + needs.hidden + needs.weight) * all_tokens * features * vocab
+    kept = kept_tokens(factors, work, chunks.compact)
+    target = target.contiguous() if kept is None else target[kept]
+    factors = factors if kept is None else factors.map(lambda f: f[kept])
+
+    tokens, on_cpu = target.shape[0], hidden.device.type == "cpu"
     if on_cpu:
-        _check_targets(target, vocab, options.ignore_index)
+        _check_targets(target, vocab, factors)
     itemsize = compute.itemsize if on_cpu else hidden.dtype.itemsize
-    chunk = max(1, min(tokens, chunk_size or chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)))
+    size = max(1, min(tokens, chunks.size or chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)))
+    # fp16 has no room for the 1/count of a mean: its chunks hold gradients of everyday size.
+    late = None
+    if any(needs) and hidden.dtype == torch.float16 and tokens:
+        late = torch.stack([factor.abs().amax() for factor in factors.given()]).amax()
+        factors = factors.map(lambda f: f / torch.where(late > 0, late, 1))
+
+    losses = TokenLosses(*(hidden.new_empty(tokens, dtype=compute) if want else None for want in wanted))
+    empty = hidden.new_empty(0, dtype=grad_dtype)
+    allocate = torch.empty_like if kept is None else torch.zeros_like
+    grad_hidden = allocate(hidden, dtype=grad_dtype) if needs.hidden else empty
+    grad_bias = hidden.new_zeros(vocab if needs.bias else 0, dtype=compute)
+    grad_weight: WideSum | HalfSum | None = None
+    if needs.weight:
+        count = -(-tokens // size)
+        grad_weight = weight_grad(weight, hidden, factors, class_weight, options.scale, compute, grad_dtype, count)
+
     softmax_grad = softmax_grad_triton if use_triton else softmax_grad_reference
-    if class_weight is not None:
-        class_weight = class_weight.to(compute).contiguous()
-    scales = scale.expand(tokens)
-
-    losses = hidden.new_empty(tokens, dtype=compute)
-    grad_hidden = torch.empty_like(hidden, dtype=grad_dtype) if needs.hidden else hidden.new_empty(0, dtype=grad_dtype)
-    sum_dtype = compute if _sums_wide(weight, compute, -(-tokens // chunk)) else grad_dtype
-    grad_weight = torch.empty_like(weight, dtype=sum_dtype) if needs.weight else hidden.new_empty(0, dtype=grad_dtype)
-    grad_bias = hidden.new_empty(vocab if needs.bias else 0, dtype=compute)
-    if tokens == 0:
-        grad_weight.zero_()
-        grad_bias.zero_()
-
-    buffer = hidden.new_empty(chunk, -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE)
-    for start in range(0, tokens, chunk):
-        rows = slice(start, min(start + chunk, tokens))
-        x = hidden[rows]
-        logits = buffer[: x.shape[0], :vocab]
+    buffer = hidden.new_empty(size, -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE)
+    in_half = isinstance(grad_weight, HalfSum)
+    if isinstance(grad_weight, HalfSum):
+        factors = factors.map(grad_weight.scaled)
+    for start in range(0, tokens, size):
+        rows = slice(start, min(start + size, tokens))
+        x = hidden[rows] if kept is None else hidden[kept[rows]]
+        chunk = buffer[: x.shape[0]]
+        grad = (chunk.view(torch.float16) if in_half else chunk)[:, :vocab] if any(needs) else None
+        logits = chunk[:, :vocab]
         if bias is None:
             torch.mm(x, weight.t(), out=logits)
         else:
             torch.addmm(bias, x, weight.t(), out=logits)
-        softmax_grad(logits, target[rows], scales[rows] if any(needs) else None, class_weight, options, losses[rows])
-        if needs.weight:
-            _matmul_into(grad_weight, logits.t(), x, accumulate=start > 0)
+        at_rows = (losses.map(lambda found: found[rows]), factors.map(lambda f: f[rows]))  # noqa: B023 - called now
+        softmax_grad(logits, grad, target[rows], class_weight, options, *at_rows)
+        if grad is None:
+            continue
+        # What of the result is not written yet, or what was gathered for this chunk, is room for a copy of x.
+        own = grad_hidden[rows] if needs.hidden and kept is None else None
+        if isinstance(grad_weight, HalfSum):
+            grad_weight.add(grad, x, own if kept is None else x)
+            grad = grad_weight.restored(chunk)[:, :vocab]
+        elif grad_weight is not None:
+            grad_weight.add(grad, x)
         if needs.bias:
-            column = logits.sum(0, dtype=compute)
-            grad_bias = grad_bias.add_(column) if start > 0 else column
-        if needs.hidden:
-            _matmul_into(grad_hidden[rows], logits, weight, accumulate=False)
-    return losses, grad_hidden, grad_weight.to(grad_dtype), grad_bias.to(grad_dtype)
+            grad_bias += grad.sum(0, dtype=compute)
+        if own is not None:
+            matmul_into(own, grad, weight)
+        elif needs.hidden and kept is not None:
+            own = x if x.dtype == grad_dtype else x.new_empty(x.shape, dtype=grad_dtype)
+            matmul_into(own, grad, weight)
+            grad_hidden[kept[rows]] = own
+
+    if kept is not None:
+        losses = losses.map(lambda found: found.new_zeros(all_tokens).index_copy_(0, kept, found))
+    grads = [grad_hidden, empty if grad_weight is None else grad_weight.total(), grad_bias]
+    if late is not None:
+        grads = [grad.mul_(late) for grad in grads]
+    return losses, grads[0], grads[1].to(grad_dtype), grads[2].to(grad_dtype)
 
 
-def _sums_wide(weight: Tensor, compute: torch.dtype, chunks: int) -> bool:
-    """Tell whether chunks of a weight gradient are summed in fp32: always, but where a GPU has no room for it.
-
-    Over 2, 4, 8 and 16 chunks of random logits a sum in bf16 is 1.2, 1.5, 2 and 2.7 times as far from the truth as a
-    single product; of peaked logits, whose own rounding weighs more, 1.0, 1.1, 1.2 and 1.4 times.
-    """
-    fits = weight.device.type == "cpu" or weight.numel() * compute.itemsize <= GPU_LOGITS_BYTES
-    return chunks > 1 and (fits or chunks > GPU_MAX_CHUNKS)
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the losses, and of all arithmetic between the GEMMs, for tensors of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """Write a @ b to `out`, or add it; `out` may be wider than the factors."""
-    if out.dtype != a.dtype and (not out.is_cuda or torch.version.hip):  # only CUDA multiplies into a wider dtype
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    wider: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(out, a, b, out=out, **wider)
-    else:
-        torch.mm(a, b, out=out, **wider)
-
-
-def _check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
-    wrong = target[((target < 0) | (target >= vocab)) & (target != ignore_index)]
-    if wrong.numel():
-        raise IndexError(f"target: expected classes in [0, {vocab}) or {ignore_index}, got {int(wrong[0])}")
+def _check_targets(target: Tensor, vocab: int, factors: Factors) -> None:
+    wrong = ((target < 0) | (target >= vocab)) & (target != NO_TARGET)
+    if factors.given():
+        wrong &= False if factors.nll is None else factors.nll != 0
+    if wrong.any():
+        raise IndexError(f"target: expected classes in [0, {vocab}), got {int(target[wrong][0])}")

@@ -128,7 +128,7 @@ def _launch_forward(
     """Launch the kernel, which writes `y`."""
     if x.numel() == 0:
         return
-    (x,), walk = _walk_over((x,), y)
+    (x,), walk = walk_over((x,), y)
     launch = plan_forward(x.shape[-1], walk.rows)
     rounding = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(normalized_dtype)
     with torch.cuda.device(x.device.index if x.is_cuda else -1):
@@ -163,7 +163,7 @@ def _launch_backward(
         if weight_grad is not None:
             weight_grad.zero_()
         return
-    (grad, x), walk = _walk_over((grad, x), x_grad)
+    (grad, x), walk = walk_over((grad, x), x_grad)
     features = x.shape[-1]
     launch = plan_backward(features, walk.rows)
     tiles = triton.cdiv(walk.rows, launch.block_r)
@@ -201,7 +201,7 @@ def _launch_backward(
             )
 
 
-def _walk_over(inputs: tuple[Tensor, ...], output: Tensor) -> tuple[tuple[Tensor, ...], Walk]:
+def walk_over(inputs: tuple[Tensor, ...], output: Tensor) -> tuple[tuple[Tensor, ...], Walk]:
     """Return the walk, and the inputs, copied if their strides allow none."""
     walk = plan_walk(output.shape, *(x.stride() for x in inputs), output.stride())
     if walk is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from graphfuse.match import Pattern
-from graphfuse.patterns import glu, linear_cross_entropy, rms_norm, rope
+from graphfuse.patterns import causal_attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
 
 CATALOGUE: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
+    causal_attention.PATTERN,
     rope.PATTERN,
+    layer_norm.PATTERN,
     rms_norm.PATTERN,
     glu.PATTERN,
 )

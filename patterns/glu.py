@@ -66,6 +66,8 @@ MATMULS = {
 }
 THROUGH = INDEXING | CASTS | {aten.cat.default, aten.stack.default, aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor}
 THROUGH |= {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.index.Tensor, aten.clone.default}
+# What a projection may be compared with and cut off by: a gate on few large values is still a gate.
+THROUGH |= {aten.relu.default, aten.mean.dim, aten.std.correction, aten.var.correction, aten.sqrt.default}
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "swish")
 GRID = torch.linspace(-40.0, 40.0, 321, dtype=torch.float64)

@@ -1,34 +1,46 @@
-"""lm_head + cross-entropy.
+"""lm_head + cross-entropy, however the loss is spelled.
 
-    nll_loss(log_softmax(f(hidden @ weight.T + bias)), target)   ->   graphfuse::linear_cross_entropy(hidden, ...)
+    a scalar that is linear in the tokens' losses   ->   graphfuse::linear_cross_entropy(hidden, weight, ...)
+    the tokens' losses themselves                   ->   graphfuse::linear_token_losses(hidden, weight, ...)
 
-Anchor: a negative log-likelihood of a log-softmax. From there back to the matrix product, over what may lie between:
-casts, a scale, a tanh soft-cap, flattening, and choices of rows (the shift of a language model by slicing), which are
-made on the hidden states instead.
+Anchor: a matrix product whose rows meet a softmax and a target. `_logits.py` follows it forward: over casts, scales, a
+tanh soft-cap, flattening, and choices of rows (the shift of a language model by slicing), to numbers per token. If all
+of them end in one scalar that is linear in them (cross-entropy with label smoothing, masked or weighted means, a z-loss
+beside it), that is the output, and what each token is multiplied by is worked out before the op. Otherwise the outputs
+are the numbers per token (log-probabilities for a policy gradient), and what follows stays in the graph.
 
 Left alone: logits that something else reads as well; they would have to be computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphfuse.kernels import linear_cross_entropy as _  # noqa: F401  (registers the op)
-from graphfuse.match import CASTS, IDENTITIES, Match, Pattern, Refusal, argument, scalar, short
+from graphfuse.kernels import linear_cross_entropy as _  # noqa: F401  (registers the ops)
+from graphfuse.match import CASTS, IDENTITIES, Match, Pattern, Refusal, Sampler, short
+from graphfuse.patterns._head import (
+    RESHAPES,
+    TRANSPOSES,
+    Choice,
+    Source,
+    Term,
+    Tokens,
+    Trail,
+    keeps_order,
+    permutation,
+    same_place,
+)
+from graphfuse.patterns._logits import NLL, follow
+from graphfuse.patterns._token_program import Inputs, NotExpressible, replacement
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
-
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default} | IDENTITIES
-MUL = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar}
-DIV = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar}
-TANH = {aten.tanh.default, aten.tanh_.default}
-TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
-REDUCTIONS = ("none", "mean", "sum")
 
 NAME = "linear_cross_entropy"
 COVERS = {NAME: 1}
@@ -40,220 +52,321 @@ class _Obstacle(Exception):
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every loss on the logits of a matrix product."""
+    trails = follow(shadow)
+    for trail in trails:
+        if (anchor := trail.anchor) is not None:
+            try:
+                yield _match(trail, shadow)
+            except (_Obstacle, NotExpressible) as obstacle:
+                yield Refusal(NAME, anchor, str(obstacle), COVERS)
     for value in shadow.values:
-        if value.op is not aten.nll_loss_forward.default or value.output != 0:
-            continue
-        if value.args[0].op is not aten._log_softmax.default:
-            continue
-        try:
-            yield _match(value, shadow)
-        except _Obstacle as obstacle:
-            yield Refusal(NAME, value, str(obstacle), COVERS)
+        if value.op in NLL and not value.output and not any(value in trail for trail in trails):
+            reason = _what_lies_between(value, trails)
+            if reason is not None:
+                yield Refusal(NAME, value, reason, COVERS)
 
 
-def _match(loss: Value, shadow: Shadow) -> Match:
-    log_softmax, target, class_weight, reduction, ignore_index = loss.args[:5]
-    rows, dim = log_softmax.args[0], log_softmax.args[1]
-    if rows.tensor.dim() != 2 or dim not in (1, -1):
-        raise _Obstacle(f"logits: expected (tokens, vocabulary), got {rows.shape}")
-    vocabulary = rows.shape[-1]
-    chain = _Chain(rows, vocabulary)
-    product = chain.product
-    bias, left, right = (None, *product.args[:2]) if product.op is aten.mm.default else product.args[:3]
-    transposed = right.op in TRANSPOSES
-    weight = right.args[0] if transposed else right
-    hidden = _unflattened(left)
-    if chain.lead != (hidden.shape[:-1] if chain.steps else chain.lead):
-        hidden = left
-    if chain.steps and chain.lead != hidden.shape[:-1]:
-        raise _Obstacle(f"logits: expected the leading sizes of the hidden states, got {chain.lead}")
-    if bias is not None and bias.shape != (vocabulary,):
-        raise _Obstacle(f"bias: expected shape ({vocabulary},), got {bias.shape}")
-    if target.dtype != torch.int64:
-        raise _Obstacle(f"target: expected int64, got {short(target.dtype)}")
-    inputs = [hidden, weight, target]
-    inputs += [bias] if bias is not None else []
-    inputs += [class_weight] if class_weight is not None else []
-    _check_private(loss, inputs, shadow)
-    needs = [bool(loss.grad_mode and v is not None and v.tensor.requires_grad) for v in (hidden, weight, bias)]
-    words = [REDUCTIONS[reduction]]
-    words += ["soft-cap"] if chain.softcap else []
-    words += ["scaled"] if chain.scale != 1.0 else []
-    words += ["bias"] if bias is not None else []
+def _match(trail: Trail, shadow: Shadow) -> Match:
+    _check_private(trail, shadow)
+    total = _total(trail, shadow)
+    outputs = [total] if total is not None else _frontier(trail, shadow)
+    terms = [term for output in outputs for term in trail.tokens[output].terms]
+    source, choices = _common_source(terms)
+    hidden, weight, bias, is_transposed = _operands(trail.product, source)
+    vocabulary, lead = trail.product.shape[-1], hidden.shape[:-1]
+
+    with_target = [term for term in terms if term.targets]
+    targets, more = _one(
+        "target", [(term.targets, _without_lane(term.source).choices[len(choices) :]) for term in with_target]
+    )
+    marks = {term.program[0][1] if term.program and term.program[0][0] == "nll" else None for term in with_target}
+    ignore_index = marks.pop() if len(marks) == 1 else None
+    smooth = [term.class_weight for term in terms if term.loss == "smooth"]
+    class_weight = _one("class weight", smooth) if smooth else None
+
+    inputs = Inputs(shadow, [hidden, weight], targets)
+    target_expressions = tuple(inputs.expression(target) for target in targets)
+    of_targets = range(2, len(inputs.values))
+    described = []
+    for output in outputs:
+        tokens = trail.tokens[output]
+        programs = [
+            (
+                term.loss,
+                term.coefficient,
+                inputs.program(term.program),
+                _without_lane(term.source).choices[len(choices) :],
+            )
+            for term in tokens.terms
+        ]
+        described.append((tuple(programs), _dimensions(output, tokens, lead), output.dtype))
+    positions = {
+        "bias": None if bias is None else inputs.add(bias),
+        "class_weight": None if class_weight is None else inputs.add(class_weight),
+    }
+    grad_mode = outputs[0].grad_mode
+    needs = [bool(grad_mode and v is not None and v.tensor.requires_grad) for v in (hidden, weight, bias)]
     return Match(
         pattern=NAME,
-        outputs=(loss,),
-        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        inputs=tuple(inputs.values),
         replacement=replacement,
         params={
-            "has_bias": bias is not None,
-            "transposed": not transposed,
-            "rows": tuple(chain.steps),
-            "ignore_index": int(ignore_index),
-            "reduction": REDUCTIONS[reduction],
-            "logit_scale": chain.scale,
-            "softcap": chain.softcap,
-            "logits_dtype": log_softmax.dtype,
+            **positions,
+            "targets": target_expressions,
+            "target_choices": more,
+            "ignore_index": ignore_index,
+            "transposed": not is_transposed,
+            "classes": source.classes,
+            "choices": choices,
+            "logit_scale": source.scale,
+            "softcap": source.softcap,
+            "outputs": tuple(described),
+            "is_total": total is not None,
+            "compute_dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32,
             "need_hidden_grad": needs[0],
             "need_weight_grad": needs[1],
             "need_bias_grad": needs[2],
         },
-        variant=", ".join([*words, short(hidden.dtype)]),
+        variant=", ".join([*_words(terms, source, bias, is_total=total is not None), short(hidden.dtype)]),
         covers=COVERS,
-        samplers={0: _normal, 1: _normal, 2: _sampler(vocabulary, int(ignore_index))},
-        scalable=frozenset({vocabulary, hidden.shape[-1]}),
+        samplers=_samplers(len(inputs.values), of_targets, vocabulary, ignore_index),
+        scalable=_scalable(trail, terms, hidden),
     )
 
 
-class _Chain:
-    """What lies between the matrix product and the log-softmax."""
-
-    def __init__(self, rows: Value, vocabulary: int) -> None:
-        self.scale, self.softcap = 1.0, 0.0
-        self.steps: list[tuple[int, int, int | None]] = []  # slices of rows: dim, start, end
-        self.lead: tuple[int, ...] = ()  # leading sizes before the first of them
-        value = rows
-        while value.op not in (aten.mm.default, aten.addmm.default):
-            value = self._back(value, vocabulary)
-        self.product = value
-
-    def _back(self, value: Value, vocabulary: int) -> Value:
-        op = value.op
-        if op is LEAF:
-            raise _Obstacle("logits: expected a matrix product in the same graph, got an input of the graph")
-        operand = value.args[0] if value.args and isinstance(value.args[0], Value) else None
-        factor = scalar(value.args[1]) if len(value.args) == 2 else None
-        if operand is None and op in MUL:
-            operand, factor = value.args[1], scalar(value.args[0])
-        if operand is None:
-            raise _Obstacle(f"logits: expected a matrix product, got {op}")
-        if op in CASTS or op in IDENTITIES:
-            return operand
-        if op in VIEWS:
-            if operand.shape[-1] != vocabulary:
-                raise _Obstacle(f"logits: expected views to keep the vocabulary last, got {operand.shape}")
-            return operand
-        if op in MUL | DIV and factor:
-            factor = factor if op in MUL else 1.0 / factor
-            below = operand
-            while below.op in CASTS:
-                below = below.args[0]
-            if below.op in TANH:
-                if self.softcap or self.scale != 1.0:
-                    raise _Obstacle("logits: expected at most one soft-cap and no scale after it, got more")
-                return self._softcap(below, factor)
-            self.scale *= factor
-            return operand
-        if op is aten.slice.Tensor:
-            return self._slice(value, operand)
-        raise _Obstacle(f"logits: expected casts, scales, a soft-cap and row slices, got {op}")
-
-    def _softcap(self, tanh: Value, cap: float) -> Value:
-        """`cap * tanh(z / cap)`; the inner factor, where it is not `1 / cap`, is a scale."""
-        self.softcap = cap
-        self.scale *= cap
-        inner: Value = tanh.args[0]
-        return inner
-
-    def _slice(self, value: Value, operand: Value) -> Value:
-        dim = argument(value, 1, "dim", 0) % value.tensor.dim()
-        start, end, step = argument(value, 2, "start"), argument(value, 3, "end"), argument(value, 4, "step", 1)
-        size = operand.shape[dim]
-        if dim == value.tensor.dim() - 1 and operand.shape != value.shape:
-            raise _Obstacle("logits: expected the whole vocabulary, got a slice of it")
-        if step != 1:
-            raise _Obstacle(f"logits: expected consecutive rows, got a step of {step}")
-        begin = int(start or 0)
-        stop = None if end is None or end >= size else int(end)
-        if stop is not None and stop > 0:
-            stop -= size  # from the end, so that it holds at any size
-        if begin or stop is not None:
-            self.steps.insert(0, (dim, begin, stop))
-        self.lead = operand.shape[:-1]
-        return operand
-
-
-def _unflattened(left: Value) -> Value:
-    """The hidden states before they were flattened for the product."""
-    while left.op in VIEWS and left.args[0].shape[-1] == left.shape[-1]:
-        left = left.args[0]
-    return left
-
-
-def _check_private(loss: Value, inputs: list[Value], shadow: Shadow) -> None:
+def _check_private(trail: Trail, shadow: Shadow) -> None:
     """Nobody else may read the logits, or anything made of them on the way to the loss."""
-    region = shadow.cone([loss], inputs)
-    inside = set(region)
-    for value in region:
-        if value is loss:
-            continue
+    for value in trail.rows:
         if value in shadow.escaping:
             raise _Obstacle("logits: expected no use besides the loss, got an output of the graph")
         for user in value.users:
-            if user not in inside and not (user.op is loss.op and user.output == 1):
+            if user not in trail and not (user.op in NLL and user.output):
                 raise _Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}")
 
 
+def _total(trail: Trail, shadow: Shadow) -> Value | None:
+    """The last scalar through which everything that depends on the logits leaves the trail, if there is one."""
+    exits = {v for v in trail.tokens if v in shadow.escaping or any(user not in trail for user in v.users)}
+    for value in reversed(trail.tokens):
+        if not trail.tokens[value].is_summed or value not in shadow.node_of:
+            continue
+        behind = {value}  # all that is made of it alone
+        for later in trail.tokens:
+            made_of = [operand for operand in later.operands() if operand in trail]
+            if made_of and behind.issuperset(made_of):
+                behind.add(later)
+        if exits <= behind:
+            return value
+    return None
+
+
+def _frontier(trail: Trail, shadow: Shadow) -> list[Value]:
+    """The numbers per token that leave the trail, as early as they are results of graph nodes."""
+    early: dict[Value, None] = {}
+    for value, tokens in trail.tokens.items():
+        made_of = [operand for operand in value.operands() if operand in trail]
+        if tokens.is_pure or any(v in trail.rows or (v in early and v not in shadow.node_of) for v in made_of):
+            early[value] = None
+    found = []
+    for value in early:
+        if value in shadow.escaping or any(user not in early and user not in trail.rows for user in value.users):
+            if value not in shadow.node_of:
+                raise _Obstacle(f"output: expected the result of a graph node, got a value inside {value.node.name}")
+            found.append(value)
+    if not found:
+        raise _Obstacle("loss: expected to be used, got no use")
+    return found
+
+
+def _common_source(terms: Sequence[Term]) -> tuple[Source, tuple[Choice, ...]]:
+    """The logits that all losses share, and the choices of rows that they share; the rest must be slices."""
+    sources = [_without_lane(source) for source in {term.source: None for term in terms}]
+    plain = [replace(source, choices=(), lead=None) for source in sources]
+    leads = {source.lead for source in sources if source.lead is not None}
+    if any(source != plain[0] for source in plain) or len(leads) > 1:
+        raise _Obstacle("logits: expected the same scale, soft-cap and classes for all losses, got others")
+    shared = 0
+    while all(len(s.choices) > shared and s.choices[shared] == sources[0].choices[shared] for s in sources):
+        shared += 1
+    if any(choice[0] != "slice" for source in sources for choice in source.choices[shared:]):
+        raise _Obstacle("logits: expected the same tokens for all losses, or slices of them, got others")
+    return replace(plain[0], lead=leads.pop() if leads else None), sources[0].choices[:shared]
+
+
+def _without_lane(source: Source) -> Source:
+    """One row of what might have been a loop is one row."""
+    if source.lane is None:
+        return source
+    lead, index = source.lane.lead, source.lane.index
+    choice = ("select", len(lead) - 1, index - lead[0] if index > lead[0] // 2 else index)
+    lead = lead if source.lead is None else source.lead
+    return replace(source, lane=None, choices=(*source.choices, choice), lead=lead)
+
+
+def _operands(product: Value, source: Source) -> tuple[Value, Value, Value | None, bool]:
+    """Hidden states, weight and bias; and whether the weight has one row for each class."""
+    bias, left, right = product.args[:3] if product.op is aten.addmm.default else (source.bias, *product.args[:2])
+    vocabulary = right.shape[-1]
+    hidden = [value for value in _before_flattening(left) if source.lead in (None, value.shape[:-1])]
+    if not hidden:
+        raise _Obstacle(f"logits: expected the leading sizes of the hidden states, got {source.lead}")
+    if bias is not None and (bias.shape[-1:] != (vocabulary,) or math.prod(bias.shape) != vocabulary):
+        raise _Obstacle(f"bias: expected shape ({vocabulary},), got {bias.shape}")
+    weight, is_transposed = _matrix(right)
+    return hidden[-1], weight, bias, is_transposed
+
+
+def _before_flattening(value: Value) -> list[Value]:
+    """The hidden states, and what they were flattened from: the features last, the tokens in the same order."""
+    found, dim = [value], len(value.shape) - 1
+    while value.op in RESHAPES | IDENTITIES | TRANSPOSES:
+        below = value.args[0]
+        if value.op in RESHAPES:
+            place = same_place(value.shape, dim, below.shape)
+            if place is None:
+                break
+            dim = place
+        elif value.op in TRANSPOSES:
+            order = permutation(value)
+            if not keeps_order(order, order[dim], below.shape):
+                break
+            dim = order[dim]
+        value = below
+        if dim == len(value.shape) - 1:
+            found.append(value)
+    return found
+
+
+def _matrix(value: Value) -> tuple[Value, bool]:
+    """The matrix that the value is, or is the transpose of: which of both. Dimensions of size 1 do not matter."""
+    found: tuple[Value, bool] | None = None
+    is_transposed = False
+    while True:
+        if len(value.shape) == 2:
+            found = (value, is_transposed)
+        if value.op in TRANSPOSES:
+            order = [d for d in permutation(value) if value.args[0].shape[d] != 1]
+            is_transposed ^= order != sorted(order)
+        elif value.op in RESHAPES:
+            if [s for s in value.shape if s != 1] != [s for s in value.args[0].shape if s != 1]:
+                break
+        elif value.op not in IDENTITIES:
+            break
+        value = value.args[0]
+    if found is None:
+        raise _Obstacle(f"weight: expected a matrix, got {value.shape}")
+    return found
+
+
+def _dimensions(output: Value, tokens: Tokens, lead: tuple[int, ...]) -> tuple[str, bool] | None:
+    """How the numbers are laid out: flat or like the tokens, and with one more dimension or not; `None`: their sum."""
+    for choice in _without_lane(tokens.source).choices:
+        lead = _chosen(lead, choice)
+    flat = (math.prod(lead),)
+    shapes = {
+        (): None,
+        lead: ("like", False),
+        flat: ("flat", False),
+        (*lead, 1): ("like", True),
+        (*flat, 1): ("flat", True),
+    }
+    if tokens.is_summed is not (output.shape == ()) or output.shape not in shapes:
+        raise _Obstacle(f"output: expected the shape of the tokens, {lead}, got {output.shape}")
+    return shapes[output.shape]
+
+
+def _chosen(lead: tuple[int, ...], choice: Choice) -> tuple[int, ...]:
+    name, *details = choice
+    if name == "flatten":
+        return (math.prod(lead),)
+    if name == "permute":
+        return tuple(lead[d] for d in details[0])
+    dim = len(lead) - 1 - details[0]
+    kept = (len(range(*slice(details[1], details[2]).indices(lead[dim]))),) if name == "slice" else ()
+    return (*lead[:dim], *kept, *lead[dim + 1 :])
+
+
+def _one(what: str, found: Sequence[Any]) -> Any:
+    if any(other != found[0] for other in found):
+        raise _Obstacle(f"{what}: expected one for all losses of the logits, got several")
+    return found[0]
+
+
+def _words(terms: Sequence[Term], source: Source, bias: Value | None, *, is_total: bool) -> Iterator[str]:
+    """What kind of head this is, for people."""
+    steps = [step for term in terms for step in term.program]
+    is_mean = any(step[0] == "mean" or (step[0] == "nll" and step[2] == "mean") for step in steps)
+    yield ("mean" if is_mean else "sum") if is_total else "per token"
+    yield from (word for loss, word in (("smooth", "label smoothing"), ("square", "z-loss")) if _has(terms, loss))
+    yield from (word for is_it, word in ((source.softcap, "soft-cap"), (source.scale != 1.0, "scaled")) if is_it)
+    if bias is not None:
+        yield "bias"
+
+
+def _has(terms: Sequence[Term], loss: str) -> bool:
+    return any(term.loss == loss for term in terms)
+
+
+def _what_lies_between(value: Value, trails: Sequence[Trail]) -> str | None:
+    """Why a negative log-likelihood is on no trail; `None` if there is no softmax before it."""
+    softmax = value.args[0]
+    while softmax.op in RESHAPES | IDENTITIES | TRANSPOSES | CASTS:
+        softmax = softmax.args[0]
+    if softmax.op is not aten._log_softmax.default:
+        return None
+    below = softmax
+    while below.op != LEAF:
+        operands = list(below.operands())
+        if not operands or any(operand in trail for trail in trails for operand in operands):
+            return f"logits: expected casts, scales, a soft-cap and row slices of a matrix product, got {below.op}"
+        below = operands[0]
+    return "logits: expected a matrix product in the same graph, got an input of the graph"
+
+
+def _scalable(trail: Trail, terms: Sequence[Term], hidden: Value) -> frozenset[int]:
+    """The sizes that nothing in the region is tied to by a literal number, or by how it is cut."""
+    sizes = {hidden.shape[-1]}
+    is_counted = any(value.op is aten.index.Tensor for value in trail.tokens)  # by arange(tokens)
+    if not is_counted and not any(_without_lane(term.source).choices for term in terms):
+        sizes |= {*hidden.shape[:-1], math.prod(hidden.shape[:-1])}
+    is_one_hot = any(rows.picked is not None for rows in trail.rows.values())  # by arange(classes)
+    if not is_one_hot and all(term.source.classes is None for term in terms):
+        sizes.add(trail.product.shape[-1])
+    return frozenset(sizes)
+
+
+def _samplers(inputs: int, targets: Iterable[int], vocabulary: int, ignore_index: int | None) -> dict[int, Sampler]:
+    """How to draw the inputs: small logits, for at large ones only the softmax's conditioning would show."""
+    samplers = {0: _normal, 1: _small, **dict.fromkeys(range(2, inputs), _positive)}
+    return samplers | dict.fromkeys(targets, _labels(vocabulary, ignore_index))
+
+
 def _normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    """Logits of everyday size: at extreme ones, only the conditioning of the softmax would be compared."""
     return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
-def _sampler(vocabulary: int, ignore_index: int) -> Any:
+def _small(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    return (0.3 * torch.randn(shape, generator=generator, device=device)).to(dtype)
+
+
+def _positive(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Masks, weights, counts."""
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator, device=device) < 0.7
+    if not dtype.is_floating_point:
+        return torch.randint(1, 4, shape, generator=generator, device=device, dtype=dtype)
+    return (0.5 + torch.rand(shape, generator=generator, device=device)).to(dtype)
+
+
+def _labels(vocabulary: int, ignore_index: int | None) -> Sampler:
     def sample(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
         classes = min(vocabulary, 3)  # no fewer than the smallest stand-in for a vocabulary
         target = torch.randint(classes, shape, generator=generator, device=device, dtype=dtype)
         ignored = torch.rand(shape, generator=generator, device=device) < 0.2
-        return target.masked_fill(ignored, ignore_index)
+        return target if ignore_index is None else target.masked_fill(ignored, ignore_index)
 
     return sample
-
-
-def replacement(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *extra: Tensor,
-    has_bias: bool,
-    transposed: bool,
-    rows: tuple[tuple[int, int, int | None], ...],
-    ignore_index: int,
-    reduction: str,
-    logit_scale: float,
-    softcap: float,
-    logits_dtype: torch.dtype,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
-) -> Tensor:
-    """What stands in the place of the region: the rows are chosen on the hidden states."""
-    for dim, start, end in rows:
-        where = (slice(None),) * dim + (slice(start, end),)
-        hidden = hidden[where]
-    hidden = hidden.flatten(0, -2)
-    optional = list(extra)
-    bias = optional.pop(0) if has_bias else None
-    class_weight = optional.pop(0) if optional else None
-    outputs = torch.ops.graphfuse.linear_cross_entropy.default(
-        hidden,
-        weight.t() if transposed else weight,
-        bias,
-        target,
-        class_weight,
-        ignore_index,
-        reduction,
-        0.0,
-        logit_scale,
-        softcap,
-        0.0,
-        logits_dtype,
-        0,
-        need_hidden_grad,
-        need_weight_grad,
-        need_bias_grad,
-    )
-    loss: Tensor = outputs[0]
-    return loss
 
 
 PATTERN = Pattern(NAME, find)

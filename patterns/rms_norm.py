@@ -38,12 +38,12 @@ from graphfuse.match import (
     strip,
     unrounded,
 )
-from graphfuse.shadow import Shadow, Value
+from graphfuse.patterns._mean import centred
+from graphfuse.shadow import Shadow, Value, hint
 
 aten = torch.ops.aten
 
 ADD = {aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar}
-SUB = {aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar}
 MUL = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
 DIV = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
 POW = {aten.pow.Tensor_Scalar, aten.pow_.Scalar}
@@ -53,6 +53,7 @@ RECIPROCAL = {aten.reciprocal.default, aten.reciprocal_.default}
 CLAMP_MIN = {aten.clamp_min.default, aten.clamp_min_.default, aten.clamp.default, aten.clamp_.default}
 MAXIMUM = {aten.maximum.default, aten.clamp_min.Tensor}
 NORMS = {aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim}
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 FUSED = {aten._fused_rms_norm.default} if hasattr(aten, "_fused_rms_norm") else set()
 
 
@@ -68,7 +69,11 @@ class Statistic:
     p: float = 1.0
     mode: str = "inside"
     floor: float = 0.0
+    weight: tuple[Value, float] | None = None  # already multiplied in, with its offset
     obstacle: str = ""  # why this cannot become a norm, although it looks like one
+
+    def weighted(self, weight: tuple[Value, float]) -> Statistic | None:
+        return dataclasses.replace(self, weight=weight) if self.is_norm and self.weight is None else None
 
     def times(self, k: float) -> Statistic | None:
         if self.p == 1 and self.mode == "inside":
@@ -94,7 +99,7 @@ class Statistic:
         return None
 
     def power(self, q: float) -> Statistic | None:
-        if self.c <= 0:
+        if self.c <= 0 or self.weight is not None:
             return None
         return dataclasses.replace(self, c=self.c**q, p=self.p * q)
 
@@ -115,14 +120,31 @@ class Statistic:
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every RMSNorm of the shadow, with its weight where it has one."""
     statistics: dict[Value, Statistic] = {}
+    met: set[Value] = set()
     for value in shadow.values:
         if value.op in FUSED and value.output == 0:
             yield from _fused(value)
             continue
         statistic = _start(value) or _follow(value, statistics)
-        if statistic is not None:
+        if statistic is not None and not _is_layer_norm(statistic):
             statistics[value] = statistic
-        yield from _meet(value, statistics, shadow)
+        for found in _meet(value, statistics, shadow):
+            met.update(value.operands())
+            yield found
+    yield from _alone(statistics, met)
+
+
+def _alone(statistics: dict[Value, Statistic], met: set[Value]) -> Iterator[Refusal]:
+    """Refusals of inverse root mean squares that go to something else than x."""
+    for value, statistic in statistics.items():
+        if not statistic.is_norm or statistic.obstacle or value in met or statistic.floor or not statistic.b:
+            continue
+        for user in value.users:
+            other = next((arg for arg in user.operands() if arg is not value), None)
+            if user not in statistics and user not in met and user.op in MUL and other is not None:
+                reason = f"x: expected to meet its own inverse root mean square, got {other.op} in {other.node.name}"
+                yield Refusal("rms_norm", user, reason, {"rms_norm": 1})
+                break
 
 
 def _start(value: Value) -> Statistic | None:
@@ -130,6 +152,8 @@ def _start(value: Value) -> Statistic | None:
     if value.op in (aten.mean.dim, aten.sum.dim_IntList):
         x = _squared(value.args[0])
         dims = argument(value, 1, "dim")
+    elif (x := _dotted_with_itself(value)) is not None:
+        dims = -1
     elif value.op in NORMS and number(argument(value, 1, "ord", 2)) in (None, 2.0):
         x, dims = value.args[0], argument(value, 2, "dim")
     else:
@@ -144,10 +168,28 @@ def _start(value: Value) -> Statistic | None:
         statistic = dataclasses.replace(statistic, p=0.5)
     if not is_last(dims, x):
         return dataclasses.replace(statistic, obstacle=f"dim: expected the last one, got {dims}")
-    centred = strip(x)
-    if centred.op in SUB and isinstance(centred.args[1], Value) and _is_mean(centred.args[1], centred.args[0]):
-        return dataclasses.replace(statistic, obstacle="x: expected no mean subtracted, got a LayerNorm")
     return statistic
+
+
+def _dotted_with_itself(value: Value) -> Value | None:
+    """`x`, if the value is a batch of products of rows of x with themselves, as einsum computes them."""
+    if value.op is not aten.bmm.default or value.shape[1:] != (1, 1):
+        return None
+    left, right = (_in_order(arg) for arg in value.args)
+    width = value.args[0].shape[-1]
+    return next((x for x in left if x in right and x.shape[-1] == width), None)
+
+
+def _in_order(value: Value) -> list[Value]:
+    """The value, and what it was before casts and views that kept its elements in their order."""
+    found = [value]
+    while value.op in CASTS | INDEXING and value.args[0].tensor.numel() == value.tensor.numel():
+        before = value.args[0]
+        if [n for n in before.shape if n != 1] != [n for n in value.shape if n != 1] and value.op not in VIEWS:
+            break
+        value = before
+        found.append(value)
+    return found
 
 
 def _squared(value: Value) -> Value | None:
@@ -164,9 +206,10 @@ def _squared(value: Value) -> Value | None:
     return x
 
 
-def _is_mean(value: Value, of: Value) -> bool:
-    value = strip(value)
-    return value.op is aten.mean.dim and strip(value.args[0]) is strip(of)
+def _is_layer_norm(statistic: Statistic) -> bool:
+    """Whether the mean was subtracted before, over the same dimension."""
+    found = centred(statistic.x)
+    return found is not None and (bool(statistic.obstacle) or is_last(found.dims, found.x))
 
 
 def _follow(value: Value, statistics: dict[Value, Statistic]) -> Statistic | None:
@@ -177,6 +220,9 @@ def _follow(value: Value, statistics: dict[Value, Statistic]) -> Statistic | Non
         return None
     position, statistic = known[0]
     other = scalar(args[1 - position]) if len(args) > 1 else None
+    vector = None
+    if op in MUL | DIV and other is None and len(args) == 2 and isinstance(args[1 - position], Value):
+        vector = _weight(args[1 - position], statistic.width)
     result: Statistic | None = None
     if op in CASTS or op in INDEXING:
         result = statistic
@@ -192,6 +238,9 @@ def _follow(value: Value, statistics: dict[Value, Statistic]) -> Statistic | Non
         result = statistic.plus(other)
     elif op in MUL and other is not None:
         result = statistic.times(other)
+    elif vector is not None and not value.kwargs:
+        turned = statistic if op in MUL else statistic.power(-1.0) if position == 1 else None
+        result = turned.weighted(vector) if turned is not None else None
     elif op in DIV and other is not None and not value.kwargs:
         if position == 0:
             result = statistic.times(1.0 / other) if other else None
@@ -217,7 +266,11 @@ def _meet(value: Value, statistics: dict[Value, Statistic], shadow: Shadow) -> I
         if by not in statistics or x in statistics:
             continue
         statistic = statistics[by] if value.op in MUL else statistics[by].power(-1.0)
-        if statistic is None or not statistic.is_norm or strip(x) is not strip(statistic.x):
+        if statistic is None or not statistic.is_norm:
+            continue
+        if (weight := _times_weight(x, statistic)) is not None:
+            statistic = dataclasses.replace(statistic, weight=weight)
+        elif _still(x) is not _still(statistic.x):
             continue
         if value.shape != x.shape:
             statistic = dataclasses.replace(
@@ -230,10 +283,34 @@ def _meet(value: Value, statistics: dict[Value, Statistic], shadow: Shadow) -> I
         return
 
 
+def _times_weight(value: Value, statistic: Statistic) -> tuple[Value, float] | None:
+    """The weight, if the value is `x * weight`: the product is made before the norm, as Python's precedence has it."""
+    product = strip(value)
+    if product.op not in MUL or len(product.args) != 2 or statistic.weight is not None:
+        return None
+    left, right = product.args
+    for x, weight in ((left, right), (right, left)):
+        if isinstance(x, Value) and isinstance(weight, Value) and _still(x) is _still(statistic.x):
+            return _weight(weight, statistic.width)
+    return None
+
+
+def _still(value: Value) -> Value:
+    """The value before casts, copies and views that change nothing."""
+    value = strip(value)
+    while value.op in INDEXING and value.shape == value.args[0].shape and _strides(value) == _strides(value.args[0]):
+        value = strip(value.args[0])
+    return value
+
+
+def _strides(value: Value) -> tuple[int, ...]:
+    return tuple(hint(stride) for stride in value.tensor.stride())
+
+
 def _with_weight(core: Value, statistic: Statistic, shadow: Shadow) -> Match:
     """Extend the bare norm over the casts, constant factors and the weight that follow it."""
-    gain, offset = statistic.gain, 0.0
-    weight: Value | None = None
+    gain = statistic.gain
+    weight, offset = statistic.weight or (None, 0.0)
     normalized_dtype = core.dtype
     best = (core, gain, weight, offset, normalized_dtype)  # as far as the result of a graph node
     value = core

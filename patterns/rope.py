@@ -23,19 +23,24 @@ from torch import Tensor
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint, small_sizes
 from graphfuse.kernels.rope import rope_reference
-from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, short, strip, unrounded
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, short, strip, unrounded
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
 
 SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor, aten.sub_.Tensor}
 PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor}
+ADDED_PRODUCTS = {aten.addcmul.default, aten.addcmul_.default}
 JOINS = {aten.cat.default, aten.stack.default}
-NEGATIONS = {aten.neg.default, aten.neg_.default}
 COMPLEX_VIEWS = {aten.view_as_complex.default, aten.view_as_real.default}
-MOVES = INDEXING | CASTS | JOINS | NEGATIONS | COMPLEX_VIEWS
-FLATTENS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+# Linear in their operands, constants aside: what may lie between data or table and the product.
+MOVES = INDEXING | CASTS | JOINS | COMPLEX_VIEWS
+MOVES |= {aten.neg.default, aten.neg_.default, aten.complex.default, aten.detach.default, aten.constant_pad_nd.default}
+MOVES |= {aten.roll.default, aten.flip.default, aten.where.self, aten.index.Tensor}
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+RESHAPES |= {aten.permute.default, aten.transpose.int}
 GROWTH = 6  # steps outward from the sum: a join, a flatten, a cast, a join with what is not rotated, a cast
+FEW = 16  # operations that make a sign or an index
 
 Convention = tuple[str, str, str, bool, int, bool]  # layout, out_layout, table, reverse, start, tables swapped
 
@@ -48,7 +53,7 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     for anchor in shadow.values:
         if anchor in done or not _is_anchor(anchor):
             continue
-        chain = _outward(anchor, shadow)
+        chain = [value for value in _outward(anchor, shadow) if not value.dtype.is_complex]
         for output in reversed([value for value in chain if value in shadow.node_of] or chain[:1]):
             found = _match(output, shadow)
             if found is not None:
@@ -58,23 +63,50 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
 
 
 def _is_anchor(value: Value) -> bool:
-    if value.op is aten.view_as_real.default:
-        return strip(value.args[0]).op in PRODUCTS
-    if value.op not in SUMS or value.kwargs.get("alpha", 1) != 1:
+    if value.op in ADDED_PRODUCTS or value.op in SUMS:
+        terms = value.args[:1] if value.op in ADDED_PRODUCTS else value.args[:2]
+        return all(isinstance(term, Value) and _factors(_root(term)) is not None for term in terms)
+    return value.dtype.is_complex and _factors(value) is not None
+
+
+def _factors(value: Value) -> tuple[Value, Value] | None:
+    """Both factors of a product (or of one that is added to something), neither of them a constant."""
+    if value.op not in PRODUCTS | ADDED_PRODUCTS:
+        return None
+    factors = [arg for arg in value.args[-2:] if isinstance(arg, Value) and not _is_constant(arg)]
+    if len(factors) != 2 or any(factor.tensor.dim() == 0 for factor in factors):
+        return None
+    return factors[0], factors[1]
+
+
+def _is_constant(value: Value) -> bool:
+    """Whether a few operations make the value from nothing, for one row: signs, or indices."""
+    if value.tensor.dim() and value.tensor.numel() != value.shape[-1]:
         return False
-    return all(isinstance(a, Value) and _is_product(strip(a)) for a in value.args[:2])
+    seen: set[Value] = set()
+    stack = [value]
+    while stack and len(seen) < FEW:
+        current = stack.pop()
+        if current.op is LEAF:
+            return False
+        seen.add(current)
+        stack.extend(operand for operand in current.operands() if operand not in seen)
+    return not stack
 
 
-def _is_product(value: Value) -> bool:
-    return value.op in PRODUCTS and all(isinstance(a, Value) and a.tensor.dim() > 0 for a in value.args)
+def _moved(value: Value) -> list[Value]:
+    """What the value is a rearrangement of, constant factors included; nothing if it is none."""
+    if value.op in MOVES or (value.op in PRODUCTS and _factors(value) is None):
+        return [operand for operand in value.operands() if not _is_constant(operand)]
+    return []
 
 
 def _outward(anchor: Value, shadow: Shadow) -> list[Value]:
-    """The anchor, and what it successively becomes by joins along the last dimension, flattening and casts."""
+    """The anchor, and what it successively becomes by joins along the last dimension, reshapes and casts."""
     chain = [anchor]
     while len(chain) <= GROWTH:
-        user = shadow.sole_user(chain[-1])
-        if user is None or user.op not in JOINS | FLATTENS | CASTS:
+        user = _next(chain[-1], shadow)
+        if user is None or user.op not in JOINS | RESHAPES | CASTS | COMPLEX_VIEWS:
             break
         if user.op in JOINS:
             rank = user.tensor.dim()
@@ -85,28 +117,36 @@ def _outward(anchor: Value, shadow: Shadow) -> list[Value]:
     return chain
 
 
+def _next(value: Value, shadow: Shadow) -> Value | None:
+    """The one operation that reads the value, or in which all its views are joined again."""
+    if value in shadow.escaping or len(value.users) <= 1:
+        return shadow.sole_user(value)
+    ends = set()
+    for user in value.users:
+        end: Value | None = user
+        while end is not None and end.op in INDEXING | COMPLEX_VIEWS:
+            end = shadow.sole_user(end)
+        ends.add(end)
+    end = ends.pop()
+    return end if not ends and end is not None and end.op in JOINS else None
+
+
 def _match(output: Value, shadow: Shadow) -> Match | Refusal | None:
     products = _products_under(output)
     if not products or len(products) > 4:
         return None
     for data_root in _common_roots(products):
-        split = _split(products, data_root)
-        if split is None:
-            continue
-        tables = split
-        x = _source(output, tables, len(products))
-        if x is None or x in tables:
-            continue
-        x = _shaped_like(x, output)
-        if x is None:
-            continue
-        if any(table.tensor.requires_grad for table in tables):
-            return Refusal(
-                "rope", output, "cos, sin: expected tables without a gradient, got trainable ones", {"rope": 1}
-            )
-        for source in _reordered(x):
-            convention = _identify(output, source, tables, shadow)
-            if convention is not None:
+        for tables in _tables(products, data_root, shadow):
+            x = _source(output, tables, len(products), shadow)
+            if x is None or x in tables:
+                continue
+            for source in _reordered(x):
+                convention = _identify(output, source, tables, shadow)
+                if convention is None:
+                    continue
+                if any(table.tensor.requires_grad for table in tables):
+                    reason = "cos, sin: expected tables without a gradient, got trainable ones"
+                    return Refusal("rope", output, reason, {"rope": 1})
                 return _build(output, source, tables, convention)
     return None
 
@@ -132,114 +172,115 @@ def _products_under(output: Value) -> list[Value]:
         if value in seen:
             continue
         seen.add(value)
-        if value.op in PRODUCTS:
+        if _factors(value) is not None:
             products.append(value)
-        elif value.op in SUMS | MOVES:
-            stack.extend(value.operands())
+        stack.extend(_terms(value))
         if len(seen) > 64:
             return []
     return sorted(products, key=lambda value: value.index)
 
 
+def _terms(value: Value) -> list[Value]:
+    """What the value is a sum or a rearrangement of."""
+    if value.op in ADDED_PRODUCTS:
+        return [value.args[0]]
+    return list(value.operands()) if value.op in SUMS else _moved(value)
+
+
 def _root(value: Value) -> Value:
     """The value of which this one is a rearrangement."""
-    while value.op in MOVES:
-        operands = list(value.operands())
-        if len(operands) > 1:
-            below = {_root(operand) for operand in operands}
-            if len(below) > 1:
-                return value
-            return below.pop()
-        value = operands[0]
+    while below := _moved(value):
+        roots = {below[0]} if len(below) == 1 else {_root(operand) for operand in below}
+        if len(roots) > 1:
+            return value
+        value = roots.pop()
     return value
 
 
 def _common_roots(products: Iterable[Value]) -> list[Value]:
-    """Values of which every product has one operand a rearrangement; those of more dimensions first."""
+    """Values of which every product has one factor a rearrangement, the latest first."""
     shared: set[Value] | None = None
     for product in products:
-        here = {_root(operand) for operand in product.operands()}
+        here = {_root(factor) for factor in _factors(product) or ()}
         shared = here if shared is None else shared & here
     return sorted(shared or (), key=lambda value: -value.index)
 
 
-def _split(products: Iterable[Value], data_root: Value) -> tuple[Value, ...] | None:
-    """The tables of the products: one complex, or two real ones."""
-    operands: list[Value] = []
+def _tables(products: Iterable[Value], data_root: Value, shadow: Shadow) -> Iterator[tuple[Value, ...]]:
+    """What the products may have for tables: one complex, or two real ones; those nearest to the products first."""
+    factors: list[Value] = []
     for product in products:
-        left, right = product.args
+        left, right = _factors(product) or ()
         ours = [_root(left) is data_root, _root(right) is data_root]
         if ours == [True, True]:  # data and tables out of one tensor: the table is what was sliced off earlier
-            left, right = sorted((left, right), key=lambda v: v.tensor.dim())
-            table = left
+            table = min(left, right, key=lambda v: v.tensor.dim())
         elif any(ours):
             table = right if ours[0] else left
         else:
-            return None
-        if table not in operands:
-            operands.append(table)
+            return
+        if table not in factors:
+            factors.append(table)
     by_root: dict[Value, list[Value]] = {}
-    for operand in operands:
-        by_root.setdefault(_root(operand), []).append(operand)
-    if len(by_root) == 1 and len(operands) == 2:
-        return tuple(unrounded(operand) for operand in operands)
-    if len(by_root) > 2:
-        return None
-    groups = list(by_root.values())
-    if len(groups) == 1 and not operands[0].dtype.is_complex:
-        return None
-    return tuple(_nearest_common(group) for group in groups)
+    for factor in factors:
+        by_root.setdefault(_root(factor), []).append(factor)
+    nearest = factors if len(by_root) == 1 and len(factors) == 2 else [_nearest_common(g) for g in by_root.values()]
+    frontier = dict.fromkeys(unrounded(value) for value in nearest)
+    while True:
+        wanted = 1 if any(value.dtype.is_complex for value in frontier) else 2
+        if len(frontier) == wanted and all(_has_node(value, shadow) for value in frontier):
+            yield tuple(frontier)
+        opened = max((value for value in frontier if _opens(value)), key=lambda v: v.index, default=None)
+        if opened is None:
+            return
+        del frontier[opened]
+        frontier.update(dict.fromkeys(_moved(opened)))
 
 
 def _nearest_common(values: list[Value]) -> Value:
     """The value nearest to all of `values` of which each is a rearrangement."""
-    if len(values) == 1:
-        return unrounded(values[0])
     frontier = set(values)
     while len(frontier) > 1:
         value = max(frontier, key=lambda v: v.index)
         frontier.remove(value)
-        frontier.update(value.operands())
-    return unrounded(frontier.pop())
+        frontier.update(_moved(value))
+    return frontier.pop()
 
 
-def _source(output: Value, tables: tuple[Value, ...], products: int) -> Value | None:
-    """The value nearest to the output that all of it comes from, tables aside."""
+def _has_node(value: Value, shadow: Shadow) -> bool:
+    """Whether a graph node returns the value, casts aside: only those can be inputs of a replacement."""
+    return strip(value) in shadow.node_of
+
+
+def _opens(table: Value) -> bool:
+    """Whether what the table is a rearrangement of may stand for it: not where rounding lies between."""
+    return bool(_moved(table)) and not narrows(table)
+
+
+def _source(output: Value, tables: tuple[Value, ...], products: int, shadow: Shadow) -> Value | None:
+    """The value nearest to the output, and of its shape, that all of it comes from, tables aside."""
     frontier, opened = {output}, 0
     while True:
         value = max(frontier, key=lambda v: v.index)
-        if len(frontier) == 1 and opened == products:
-            return value
+        if len(frontier) == 1 and opened == products and value.shape == output.shape and not value.dtype.is_complex:
+            if _has_node(value, shadow):
+                return unrounded(value)
         frontier.remove(value)
-        if value.op in PRODUCTS:
+        below = _terms(value)
+        if (factors := _factors(value)) is not None:
             opened += 1
-            data = [operand for operand in value.operands() if not _derives(operand, tables)]
+            data = [factor for factor in factors if not _derives(factor, tables)]
             if len(data) != 1:
                 return None
-            frontier.update(data)
-        elif value.op in SUMS | MOVES:
-            frontier.update(value.operands())
-        else:
+            below = [*below, *data]
+        if not below:
             return None
+        frontier.update(below)
 
 
 def _derives(value: Value, tables: tuple[Value, ...]) -> bool:
-    """Whether the value is one of the tables, rearranged."""
-    while True:
-        if value in tables:
-            return True
-        if value.op not in INDEXING | CASTS | NEGATIONS:
-            return False
-        value = value.args[0]
-
-
-def _shaped_like(x: Value, output: Value) -> Value | None:
-    """`x` before views and casts, at the nearest point where its shape is that of the output."""
-    while x.shape != output.shape:
-        if x.op not in INDEXING | CASTS | COMPLEX_VIEWS:
-            return None
-        x = x.args[0]
-    return unrounded(x)
+    """Whether the value is a rearrangement of tables alone."""
+    below = _moved(value)
+    return value in tables or (bool(below) and all(_derives(operand, tables) for operand in below))
 
 
 def _identify(output: Value, x: Value, tables: tuple[Value, ...], shadow: Shadow) -> Convention | None:
@@ -348,7 +389,7 @@ def replacement(
 
 def complex_replacement(x: Tensor, rotation: Tensor, **params: Any) -> Tensor:
     """The same, from one complex table (..., pairs) of `cos + i sin`."""
-    parts = torch.view_as_real(rotation)
+    parts = torch.view_as_real(rotation.resolve_conj())
     return replacement(x, parts.select(-1, 0), parts.select(-1, 1), **params)
 
 

@@ -103,7 +103,7 @@ def test_is_as_near_to_float64_as_eager_in_bfloat16(name, tokens):
 def test_leaves_logits_that_are_returned(tokens):
     model = build("llama")
     expected = model(input_ids=tokens, labels=tokens, use_cache=False)
-    graphfuse.optimize(model, inner="aot_eager", fullgraph=True, strict=True)
+    graphfuse.optimize(model, inner="aot_eager", fullgraph=True, strict=True, lazy_logits=False)
     outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
     torch.testing.assert_close(outputs.logits, expected.logits)
     report = graphfuse.report(model)

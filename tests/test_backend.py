@@ -239,7 +239,7 @@ STAGES = {
     "shadow": ("graphfuse.backend.record", fail),
     "match": ("graphfuse.patterns.rms_norm._start", fail),
     "certify": ("graphfuse.rewrite.certify", fail),
-    "commit": ("graphfuse.rewrite._erase", fail),
+    "commit": ("graphfuse.rewrite.erase", fail),
 }
 
 

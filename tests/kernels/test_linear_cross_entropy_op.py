@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from graphfuse.kernels._softmax_grad import LossOptions
-from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy
+from graphfuse import ops
+from graphfuse.kernels import _token_chunks
+from graphfuse.kernels._softmax_grad import NO_TARGET
+from graphfuse.kernels.linear_cross_entropy import LossOptions
+from graphfuse.ops import linear_cross_entropy, linear_log_probs
 
 EVERYTHING = LossOptions(label_smoothing=0.2, logit_scale=1.7, softcap=4.0, z_loss=1e-2)
 
@@ -21,21 +24,29 @@ def problem(device="cpu", dtype=torch.float32, tokens=19, features=24, vocab=77)
     return *leaves, target, torch.rand(vocab, device=device) + 0.1
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def factors(tokens=19, names=4):
+    """Factors of each token, some of them 0; none negative, for opcheck compares what backward may overwrite."""
+    found = torch.rand(4, tokens)
+    found[:, ::4] = 0
+    return *found[:names], *[None] * (4 - names)
+
+
 @pytest.mark.parametrize("optional", [False, True], ids=["plain", "everything"])
-def test_opcheck(optional, reduction):
+@pytest.mark.parametrize("compact", [None, False])
+def test_opcheck(compact, optional):
     hidden, weight, bias, target, class_weight = problem()
+    target[target == -100] = NO_TARGET
     tensors = (hidden, weight, bias, target, class_weight) if optional else (hidden, weight, None, target, None)
-    options = EVERYTHING if optional else LossOptions()
+    options = (1.7, 4.0, 8, compact) if optional else (1.0, 0.0, 8, compact)
     needs = (True, True, optional)
-    torch.library.opcheck(
-        torch.ops.graphfuse.linear_cross_entropy.default,
-        (*tensors, -100, reduction, *options[1:], torch.float32, 8, *needs),
-    )
-    detached = (None if tensor is None else tensor.detach() for tensor in tensors)
-    torch.library.opcheck(
-        torch.ops.graphfuse.linear_cross_entropy_backward.default, (torch.randn(19), *detached, *options, 8, *needs)
-    )
+    ops = torch.ops.graphfuse
+    given = factors(names=4 if optional else 1)
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *given, *options, *needs))
+    wants = (True, optional, optional)
+    torch.library.opcheck(ops.linear_token_losses.default, (*tensors, *options, *wants, not optional))
+    detached = [None if tensor is None else tensor.detach() for tensor in tensors]
+    grads = factors(names=3 if optional else 1)[:3]
+    torch.library.opcheck(ops.linear_token_losses_backward.default, (*grads, *detached, *options, *needs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -67,11 +78,24 @@ def test_follows_autocast(device):
         assert (ours - theirs).norm() <= torch.finfo(torch.bfloat16).eps * theirs.norm()
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_log_probs_compile(dynamic, device):
+    def step(hidden, weight, bias, target):
+        logps = linear_log_probs(hidden * 2, weight, target, bias, softcap=4.0, chunk_size=8)
+        return (logps.exp() * logps).sum() * 3
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    *tensors, target, _ = problem(device)
+    found, expected = (call(*tensors, target) for call in (compiled, step))
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors))
+
+
 def test_missing_flag_raises(device):
     """A caller of the op that forgot a gradient hears of it."""
     hidden, weight, _, target, _ = problem(device)
-    options = (-100, "mean", *LossOptions()[1:], torch.float32, 0)
-    outputs = torch.ops.graphfuse.linear_cross_entropy(hidden, weight, None, target, None, *options, True, False, False)
+    arguments = (hidden, weight, None, target.clamp(min=0), None, torch.ones(19, device=device), None, None, None)
+    outputs = torch.ops.graphfuse.linear_cross_entropy(*arguments, 1.0, 0.0, 0, None, True, False, False)
     assert [output.shape for output in outputs] == [(), hidden.shape, (0,), (0,)]
     assert not any(output.requires_grad for output in outputs[1:])
     with pytest.raises(RuntimeError, match=r"need_weight_grad: expected True .*, got False"):
@@ -102,8 +126,8 @@ def test_second_derivative_raises(reduction, device):
         ({"class_weight": torch.zeros(7).long()}, TypeError, r"class_weight: expected fp16, .* got torch.int64"),
         ({"reduction": "max"}, ValueError, r"reduction: expected one of mean, sum, none, got max"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
-        ({"softcap": -1.0}, ValueError, r"softcap: expected 0 or a positive number, got -1.0"),
-        ({"chunk_size": -1}, ValueError, r"chunk_size: expected 0 or a number of tokens, got -1"),
+        ({"softcap": -1.0}, ValueError, r"softcap: expected None or a positive number, got -1.0"),
+        ({"chunk_size": -1}, ValueError, r"chunk_size: expected None or a number of tokens, got -1"),
         ({"logits_dtype": torch.int8}, TypeError, r"logits_dtype: expected fp16, .* got torch.int8"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -114,12 +138,38 @@ def test_rejects(change, error, message):
         linear_cross_entropy(**(arguments | change))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": torch.zeros(7, 3)}, ValueError, r"weight: expected shape \(V, 4\), got \(7, 3\)"),
+        ({"target": torch.zeros(5)}, TypeError, r"target: expected int64 or int32, got torch.float32"),
+        ({"bias": torch.zeros(6)}, ValueError, r"bias: expected shape \(7,\), got \(6,\)"),
+        ({"softcap": float("inf")}, ValueError, r"softcap: expected None or a positive number, got inf"),
+        ({"chunk_size": -1}, ValueError, r"chunk_size: expected None or a number of tokens, got -1"),
+        ({"target": torch.full((5,), 7)}, IndexError, r"target: expected classes in \[0, 7\), got 7"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_log_probs_reject(change, error, message):
+    arguments = {"hidden": torch.zeros(5, 4), "weight": torch.zeros(7, 4), "target": torch.zeros(5).long()}
+    with pytest.raises(error, match=message):
+        linear_log_probs(**(arguments | change))
+
+
+def test_every_op_has_a_docstring_with_its_source():
+    for name in ops.__all__:
+        text = getattr(ops, name).__doc__
+        for section in ("Args:", "Returns:", "Raises:", "Numerics:", "Source:"):
+            assert section in text, (name, section)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_never_waits_for_the_gpu(reduction):
-    """Forward and backward run with host syncs forbidden, and replay from a CUDA graph on new inputs."""
+    """Uncompacted forward and backward run with host syncs forbidden, and replay from a CUDA graph on new inputs."""
     hidden, weight, bias, target, class_weight = problem("cuda", torch.bfloat16, tokens=64, features=64, vocab=1001)
     options = {**EVERYTHING._asdict(), "class_weight": class_weight, "chunk_size": 24, "reduction": reduction}
+    options["compact"] = False
 
     def step():
         loss = linear_cross_entropy(hidden, weight, target, bias, **options)
@@ -146,8 +196,21 @@ def test_never_waits_for_the_gpu(reduction):
 
 
 @pytest.mark.gpu
+def test_captures_without_being_told(monkeypatch):
+    """Compaction, however much it would pay, is left while a CUDA graph is captured."""
+    monkeypatch.setattr(_token_chunks, "GPU_WORTH_A_WAIT", 0)
+    hidden, weight, _, target, _ = problem("cuda", torch.bfloat16, tokens=64, features=64, vocab=1001)
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), (hidden, weight))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), (hidden, weight))
+    graph.replay()
+    torch.testing.assert_close(replayed, expected)
+
+
+@pytest.mark.gpu
 def test_memory_is_one_chunk_and_the_gradients():
-    """The weight's twice: their sum over the chunks is fp32."""
+    """The weight's once: its sum over the chunks takes no more than itself."""
     tokens, features, vocab, chunk = 8192, 256, 65536, 512
     hidden, weight, _, target, _ = problem("cuda", torch.bfloat16, tokens, features, vocab)
 
@@ -160,5 +223,5 @@ def test_memory_is_one_chunk_and_the_gradients():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
-    expected = 2 * hidden.numel() + (4 + 2) * weight.numel() + 2 * chunk * vocab
+    expected = 2 * hidden.numel() + 2 * weight.numel() + 2 * chunk * vocab
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * expected

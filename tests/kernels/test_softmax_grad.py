@@ -1,14 +1,18 @@
-"""The pass over a chunk of logits: the kernel and its reference, against torch's cross_entropy and autograd."""
+"""The pass over a chunk of logits: the kernel and its reference, against torch's own losses and autograd."""
 
 import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from graphfuse.kernels import _softmax_grad
 from graphfuse.kernels._softmax_grad import (
+    NO_TARGET,
     ROW_MULTIPLE,
-    LossOptions,
+    Factors,
+    Logits,
+    TokenLosses,
     scale_triton_,
     softmax_grad_reference,
     softmax_grad_triton,
@@ -21,17 +25,20 @@ PASSES = [softmax_grad_reference, pytest.param(softmax_grad_triton, marks=needs_
 # The interpreter multiplies bf16 as bit patterns.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
-EVERYTHING = LossOptions(label_smoothing=0.2, logit_scale=1.7, softcap=4.0, z_loss=1e-2)
-OPTIONS = {
-    "plain": LossOptions(),
-    "smoothing": LossOptions(label_smoothing=0.1),
-    "only_smoothing": LossOptions(label_smoothing=1.0),
-    "z_loss": LossOptions(z_loss=1e-2),
-    "softcap": LossOptions(softcap=3.0),
-    "logit_scale": LossOptions(logit_scale=-0.3),
-    "ignored_class": LossOptions(ignore_index=1),
-    "everything": EVERYTHING,
+NLL, EVERYTHING = ("nll",), ("nll", "smooth", "lse", "square")
+BENT = Logits(scale=1.7, softcap=4.0)
+KINDS = {
+    "nll": (NLL, Logits()),
+    "smooth": (("smooth",), Logits()),
+    "lse": (("lse",), Logits()),
+    "square": (("square",), Logits()),
+    "smoothed": (("nll", "smooth"), Logits()),
+    "z_loss": (("nll", "square"), Logits()),
+    "softcap": (NLL, Logits(softcap=3.0)),
+    "scale": (NLL, Logits(scale=-0.3)),
+    "everything": (EVERYTHING, BENT),
 }
+BOTH = pytest.mark.parametrize(("names", "options"), [(NLL, Logits()), (EVERYTHING, BENT)], ids=["plain", "everything"])
 
 
 @pytest.fixture
@@ -47,141 +54,150 @@ def padded(logits):
     return chunk.copy_(logits)
 
 
-def fused(softmax_grad, target, options):
-    def losses_and_grad(logits, scale, class_weight=None):
+def fused(softmax_grad, target, names, options):
+    """The losses that `names` need, in the order of the pass, and the gradient of their sum with factors."""
+
+    def losses_and_grad(logits, factors, class_weight=None):
         chunk = padded(logits)
-        losses = chunk.new_empty(chunk.shape[0], dtype=torch.float32)
-        softmax_grad(chunk, target, scale, class_weight, options, losses)
-        return losses.to(logits.dtype), chunk
+        wanted = ("nll" in names, "smooth" in names, bool({"lse", "square"} & {*names}))
+        losses = TokenLosses(*(chunk.new_empty(len(chunk), dtype=torch.float32) if want else None for want in wanted))
+        by_name = Factors(**{name: factors[k].contiguous() for k, name in enumerate(names)})
+        softmax_grad(chunk, chunk, target, class_weight, options, losses, by_name)
+        return *(loss.to(logits.dtype) for loss in losses if loss is not None), chunk
 
     return losses_and_grad
 
 
-def eager(target, options):
-    def losses_and_grad(logits, scale, class_weight=None):
+def eager(target, names, options):
+    def losses_and_grad(logits, factors, class_weight=None):
         leaf = logits.detach().requires_grad_()
-        z = leaf * options.logit_scale
+        z = leaf * options.scale
         if options.softcap:
             z = options.softcap * torch.tanh(z / options.softcap)
-        losses = torch.nn.functional.cross_entropy(
-            z,
-            target,
-            None if class_weight is None else class_weight.to(z.dtype),
-            ignore_index=options.ignore_index,
-            label_smoothing=options.label_smoothing,
-            reduction="none",
-        )
-        if options.z_loss:
-            losses = losses + options.z_loss * (z.logsumexp(1) ** 2).masked_fill(target == options.ignore_index, 0)
-        return losses.detach(), torch.autograd.grad(losses, leaf, scale.to(losses.dtype))[0]
+        log_p = z.log_softmax(1)
+        weights = torch.ones_like(z[0]) if class_weight is None else class_weight.to(z.dtype)
+        found = {
+            "nll": functional.nll_loss(log_p, target, ignore_index=NO_TARGET, reduction="none"),
+            "smooth": -(log_p * weights).sum(1),
+            "lse": z.logsumexp(1),
+        }
+        found["square"] = found["lse"] ** 2
+        kept = (factors != 0).any(0)
+        factors = factors.to(z.dtype)
+        total = sum((torch.where(kept, found[name], 0) * factors[k]).sum() for k, name in enumerate(names))
+        grad = torch.autograd.grad(total, leaf)[0]
+        needed = [name for name in ("nll", "smooth") if name in names]
+        needed += ["lse"] if {"lse", "square"} & {*names} else []
+        return *(torch.where(kept, found[name], 0).detach() for name in needed), grad
 
     return losses_and_grad
 
 
-def case(device, dtype, vocab, rows=6):
+def case(device, dtype, vocab, names, rows=6):
+    """One row without a target, and one without a factor."""
     logits = (torch.randn(rows, vocab, device=device) * 2).to(dtype)
     target = torch.randint(0, vocab, (rows,), device=device)
-    target[1] = -100
-    return logits, target, torch.randn(rows, device=device)
+    target[1] = NO_TARGET
+    factors = torch.randn(len(names), rows, device=device)
+    factors[:, 4] = 0
+    return logits, target, factors
 
 
 @pytest.mark.parametrize("softmax_grad", PASSES)
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_no_worse_than_eager(options, dtype, weighted, softmax_grad, device):
-    logits, target, scale = case(device, dtype, vocab=100)
-    target[target == -100] = options.ignore_index
-    inputs = (logits, scale, torch.rand(100, device=device)) if weighted else (logits, scale)
-    assert_no_worse(fused(softmax_grad, target, options), eager(target, options), inputs)
+@pytest.mark.parametrize(("names", "options"), KINDS.values(), ids=KINDS)
+def test_no_worse_than_eager(names, options, dtype, weighted, softmax_grad, device):
+    logits, target, factors = case(device, dtype, 100, names)
+    inputs = (logits, factors, torch.rand(100, device=device)) if weighted else (logits, factors)
+    assert_no_worse(fused(softmax_grad, target, names, options), eager(target, names, options), inputs)
 
 
 @needs_triton
 @pytest.mark.usefixtures("blocks_of_64")
-@pytest.mark.parametrize("options", [LossOptions(), EVERYTHING], ids=["plain", "everything"])
+@BOTH
 @pytest.mark.parametrize("vocab", [2, 63, 64, 65, 128, 257])
-def test_rows_of_any_length(vocab, options, device):
-    logits, target, scale = case(device, torch.float32, vocab)
-    class_weight = torch.rand(vocab, device=device)
-    assert_no_worse(fused(softmax_grad_triton, target, options), eager(target, options), (logits, scale, class_weight))
+def test_rows_of_any_length(vocab, names, options, device):
+    logits, target, factors = case(device, torch.float32, vocab, names)
+    inputs = (logits, factors, torch.rand(vocab, device=device))
+    run = fused(softmax_grad_triton, target, names, options)
+    assert_no_worse(run, eager(target, names, options), inputs, ulps=8)  # four terms that may cancel
 
 
 @pytest.mark.parametrize("softmax_grad", PASSES)
 def test_one_class_is_certain(softmax_grad, device):
     target = torch.zeros(3, dtype=torch.int64, device=device)
-    run = fused(softmax_grad, target, LossOptions())
-    losses, grad = run(torch.randn(3, 1, device=device), torch.ones(3, device=device))
+    run = fused(softmax_grad, target, NLL, Logits())
+    losses, grad = run(torch.randn(3, 1, device=device), torch.ones(1, 3, device=device))
     assert not losses.any()
     assert not grad.any()
 
 
 @pytest.mark.parametrize("softmax_grad", PASSES)
-@pytest.mark.parametrize("options", [LossOptions(), EVERYTHING], ids=["plain", "everything"])
-def test_ignored_rows_are_zero_whatever_they_hold(options, softmax_grad, device):
-    logits, target, scale = case(device, torch.float32, vocab=100)
-    logits[1] = math.nan
-    scale[1] = math.inf
-    losses, grad = fused(softmax_grad, target, options)(logits, scale)
-    assert losses[1] == 0
-    assert not grad[1].any()
-    assert grad[2:].any(1).all()
+@BOTH
+def test_rows_without_factors_are_zero_whatever_they_hold(names, options, softmax_grad, device):
+    logits, target, factors = case(device, torch.float32, 100, names)
+    logits[4], target[4] = math.nan, 10**6
+    *losses, grad = fused(softmax_grad, target, names, options)(logits, factors)
+    assert not any(loss[4] for loss in losses)
+    assert not grad[4].any()
+    assert grad[[0, 2, 3, 5]].any(1).all()
 
 
 @pytest.mark.parametrize("softmax_grad", PASSES)
-def test_no_scale_leaves_the_logits(softmax_grad, device):
-    logits, target, scale = case(device, torch.float32, vocab=100)
-    run = fused(softmax_grad, target, EVERYTHING)
-    losses, untouched = run(logits, None)
-    assert torch.equal(untouched, logits)
-    assert torch.equal(losses, run(logits, scale)[0])
+def test_rows_without_a_target_have_no_use_for_its_factor(softmax_grad, device):
+    logits, target, factors = case(device, torch.float32, 100, NLL)
+    losses, grad = fused(softmax_grad, target, NLL, Logits())(logits, factors)
+    assert losses[1] == 0
+    assert not grad[1].any()
+
+
+@pytest.mark.parametrize("softmax_grad", PASSES)
+@pytest.mark.parametrize("has_factors", [False, True])
+def test_no_gradient_leaves_the_logits(has_factors, softmax_grad, device):
+    logits, target, factors = case(device, torch.float32, 100, NLL)
+    chunk, found = padded(logits), torch.empty(6, device=device)
+    factors = Factors(factors[0]) if has_factors else Factors()
+    softmax_grad(chunk, None, target, None, BENT, TokenLosses(found), factors)
+    assert torch.equal(chunk, logits)
+    expected = fused(softmax_grad, target, NLL, BENT)(logits, torch.ones(1, 6, device=device))[0]
+    if has_factors:
+        expected = torch.where(factors.nll == 0, 0, expected)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.usefixtures("blocks_of_64")
 @pytest.mark.parametrize("softmax_grad", PASSES)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_classes_of_minus_infinity(smoothing, softmax_grad, device):
+@pytest.mark.parametrize("names", [NLL, ("nll", "smooth")], ids=["plain", "smoothed"])
+def test_classes_of_minus_infinity(names, softmax_grad, device):
     """Masked classes: a whole first block, a target, every class of a row."""
-    logits, target, scale = case(device, torch.float32, vocab=150)
+    logits, target, factors = case(device, torch.float32, 150, names)
     logits[:, :70] = -math.inf
     logits[5] = -math.inf
     target[[0, 2, 3, 4]] = torch.tensor([3, 70, 149, 100], device=device)
-    options = LossOptions(label_smoothing=smoothing)
-    assert_no_worse(fused(softmax_grad, target, options), eager(target, options), (logits, scale))
+    assert_no_worse(fused(softmax_grad, target, names, Logits()), eager(target, names, Logits()), (logits, factors))
 
 
 @pytest.mark.parametrize("softmax_grad", PASSES)
-@pytest.mark.parametrize("options", [LossOptions(), LossOptions(label_smoothing=0.1)], ids=["plain", "smoothing"])
-def test_large_offset_costs_no_digits(options, softmax_grad, device):
-    logits, target, scale = case(device, torch.float32, vocab=300)
-    inputs = (logits + 1e4, scale, torch.rand(300, device=device))
-    assert_no_worse(fused(softmax_grad, target, options), eager(target, options), inputs)
+@pytest.mark.parametrize("names", [NLL, ("nll", "smooth")], ids=["plain", "smoothed"])
+def test_large_offset_costs_no_digits(names, softmax_grad, device):
+    logits, target, factors = case(device, torch.float32, 300, names)
+    inputs = (logits + 1e4, factors, torch.rand(300, device=device))
+    assert_no_worse(fused(softmax_grad, target, names, Logits()), eager(target, names, Logits()), inputs)
 
 
 @needs_triton
-@pytest.mark.parametrize("options", [LossOptions(), EVERYTHING], ids=["plain", "everything"])
+@BOTH
 @pytest.mark.parametrize("wrong", [77, -1, 2**40])
-def test_kernel_turns_a_target_out_of_range_into_nan(wrong, options, device):
-    logits, target, scale = case(device, torch.float32, vocab=77)
+def test_kernel_turns_a_target_out_of_range_into_nan(wrong, names, options, device):
+    logits, target, factors = case(device, torch.float32, 77, names)
     target[2] = wrong
     for class_weight in (None, torch.rand(77, device=device)):
-        losses, grad = fused(softmax_grad_triton, target, options)(logits, scale, class_weight)
+        losses, *_, grad = fused(softmax_grad_triton, target, names, options)(logits, factors, class_weight)
         assert losses.isnan().tolist() == [False, False, True, False, False, False]
         assert grad.isnan().all(1).tolist() == losses.isnan().tolist()
         assert grad.isnan().any(1).tolist() == losses.isnan().tolist()
-
-
-@needs_triton
-def test_reads_any_strides(device):
-    """Targets with gaps and one scale for all rows are not copied."""
-    logits, target, _ = case(device, torch.float32, vocab=77)
-    one = torch.tensor(0.7, device=device)
-    expected = fused(softmax_grad_triton, target, LossOptions())(logits, torch.full((6,), 0.7, device=device))
-    target = target.to(torch.int32).repeat_interleave(2)[::2]
-    for ours, theirs in zip(
-        fused(softmax_grad_triton, target, LossOptions())(logits, one.expand(6)), expected, strict=True
-    ):
-        assert torch.equal(ours, theirs)
 
 
 @needs_triton
@@ -198,8 +214,8 @@ def test_scales_in_place(size, factor, device):
 def test_offsets_pass_two_to_the_31():
     rows, vocab = 8200, 262144
     logits = torch.randn(1, vocab, device="cuda", dtype=torch.bfloat16).repeat(rows, 1)
-    losses = torch.empty(rows, device="cuda")
-    target, scale = torch.full((rows,), 7, device="cuda"), torch.ones((), device="cuda").expand(rows)
-    softmax_grad_triton(logits, target, scale, None, LossOptions(), losses)
-    assert torch.equal(losses, losses[:1].expand(rows))
+    losses = TokenLosses(torch.empty(rows, device="cuda"))
+    target, factors = torch.full((rows,), 7, device="cuda"), Factors(torch.ones(rows, device="cuda"))
+    softmax_grad_triton(logits, logits, target, None, Logits(), losses, factors)
+    assert torch.equal(losses.nll, losses.nll[:1].expand(rows))
     assert torch.equal(logits[-1], logits[0])

@@ -181,11 +181,6 @@ def returned_logits(x, w, bias, y):
     return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
 
 
-def z_loss(x, w, bias, y):
-    logits = F.linear(x, w)
-    return F.cross_entropy(logits.view(-1, V), y.view(-1)) + 1e-3 * logits.logsumexp(-1).square().mean()
-
-
 def counts_hits(x, w, bias, y):
     logits = F.linear(x, w)
     return F.cross_entropy(logits.view(-1, V), y.view(-1)), (logits.argmax(-1) == y).sum()
@@ -197,30 +192,68 @@ def bans_a_token(x, w, bias, y):
     return F.cross_entropy(logits.view(-1, V), y.view(-1).clamp(min=1))
 
 
-def of_each_feature(x, w, bias, y):
-    return F.cross_entropy(F.linear(x, w).transpose(1, 2), y)
-
-
 def no_head(x, w, bias, y):
     return F.cross_entropy(x.view(-1, H), y.view(-1).clamp(max=H - 1))
 
 
-def vocabulary_slice(x, w, bias, y):
-    return F.cross_entropy(F.linear(x, w)[..., : V - 5].reshape(-1, V - 5), y.view(-1).clamp(max=V - 6))
+def entropy(x, w, bias, y):
+    log_probs = F.linear(x, w).log_softmax(-1)
+    return log_probs.gather(-1, y.clamp(min=0).unsqueeze(-1)), -(log_probs.exp() * log_probs).sum(-1)
+
+
+def scaled_after_the_cap(x, w, bias, y):
+    return F.cross_entropy((2.0 * (5.0 * torch.tanh(F.linear(x, w) / 5.0))).view(-1, V), y.view(-1))
+
+
+def learned_temperature(x, w, bias, y):
+    return F.cross_entropy((F.linear(x, w) * bias[0].exp()).view(-1, V), y.view(-1))
+
+
+def softmax_over_tokens(x, w, bias, y):
+    return F.nll_loss(F.linear(x, w).log_softmax(1).view(-1, V), y.view(-1))
+
+
+def two_targets(x, w, bias, y):
+    logits = F.linear(x, w)
+    losses = [F.cross_entropy(logits[:, k : k + 5].flatten(0, 1), y[:, 2 - k : 7 - k].flatten()) for k in (1, 2)]
+    return losses[0] + losses[1]
+
+
+def rows_by_number(x, w, bias, y):
+    kept = torch.tensor([1, 5, 8])
+    return F.cross_entropy(F.linear(x, w).view(-1, V)[kept], y.view(-1)[kept])
 
 
 REFUSALS = [
-    (returned_logits, "logits: expected no use besides the loss, got an output of the graph"),
-    (z_loss, "logits: expected no use besides the loss, got aten.logsumexp.default in logsumexp"),
     (no_head, "logits: expected a matrix product in the same graph, got an input of the graph"),
-    (vocabulary_slice, "logits: expected the whole vocabulary, got a slice of it"),
+    (counts_hits, "logits: expected no use besides the loss, got aten.argmax.default in argmax"),
+    (entropy, "logits: expected no use besides the loss, got aten.exp.default in exp"),
+    (two_targets, "target: expected one for all losses of the logits, got several"),
+]
+REFUSALS += [
+    (lookalike, f"logits: expected casts, scales, a soft-cap and row slices of a matrix product, got {op}")
+    for lookalike, op in [
+        (scaled_after_the_cap, "aten.mul.Tensor"),
+        (learned_temperature, "aten.mul.Tensor"),
+        (softmax_over_tokens, "aten._log_softmax.default"),
+        (rows_by_number, "aten.index.Tensor"),
+    ]
 ]
 
 
-@pytest.mark.parametrize("lookalike", [counts_hits, bans_a_token, of_each_feature], ids=lambda f: f.__name__)
-def test_leaves_lookalikes_alone(lookalike, verify):
+def test_refuses_logits_that_are_returned():
+    compiled = graphfuse.optimize(returned_logits, inner="eager", fullgraph=True, strict=True, lazy_logits=False)
+    compiled(*problem())
+    report = graphfuse.report(compiled)
+    assert report.counts == {}
+    assert [site.reason for site in report.refused] == [
+        "logits: expected no use besides the loss, got an output of the graph"
+    ]
+
+
+def test_leaves_what_was_written_to_alone(verify):
     """Refused, whatever the reason is; and right."""
-    report = verify(lookalike, problem())
+    report = verify(bans_a_token, problem())
     assert report.rewritten == []
     assert len(report.refused) <= 1
 
@@ -232,16 +265,28 @@ def test_refuses(lookalike, reason, verify):
     assert [site.reason for site in report.refused] == [reason]
 
 
+def router(x, w, bias, y):
+    logits = F.linear(x, w)
+    return logits.softmax(-1).square().sum(), logits.logsumexp(-1).square().mean()
+
+
+def divergence(x, w, bias, y):
+    return F.kl_div(F.linear(x, w).log_softmax(-1), bias.detach().softmax(-1).expand(B, S, V), reduction="batchmean")
+
+
+def best_two(x, w, bias, y):
+    return F.linear(x, w).log_softmax(-1).gather(-1, y.clamp(min=0).unsqueeze(-1).expand(-1, -1, 2))
+
+
+@pytest.mark.parametrize("other", [router, divergence, best_two], ids=lambda f: f.__name__)
+def test_says_nothing_of_what_is_no_head(other, verify):
+    report = verify(other, problem())
+    assert report.sites == []
+
+
 def test_leaves_probability_targets_alone(verify):
     def loss(x, w, bias, y):
         return F.cross_entropy(F.linear(x, w).view(-1, V), y)
 
     x, w, bias, _ = problem()
     assert verify(loss, (x, w, bias, torch.randn(B * S, V).softmax(-1))).counts == {}
-
-
-def test_leaves_smoothed_labels_alone(verify):
-    def loss(x, w, bias, y):
-        return F.cross_entropy(F.linear(x, w).view(-1, V), y.view(-1), label_smoothing=0.1)
-
-    assert verify(loss, problem()).rewritten == []

@@ -1,0 +1,409 @@
+"""Logits that are computed when somebody reads them.
+
+A language model returns its logits beside the loss, and hardly anybody looks at them. The compiled graph therefore
+returns what they are made from, the hidden states, and this tensor in their place. It has the shape, dtype and
+autograd history of the logits and takes no memory:
+
+- rows can be chosen and reshaped, and the dtype changed: still nothing is computed;
+- a loss, log-probabilities, an argmax over the vocabulary run over chunks of tokens, never over the whole
+  (`graphfuse.lazy_functions` has both lists);
+- whatever else reads the values gets a plain tensor in its place, computed once, with its autograd history. From then
+  on the lazy tensor is a name for that one, in-place changes included.
+
+Every such materialisation is counted, by the line that caused it: `materialised`.
+"""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+aten = torch.ops.aten
+
+materialised: Counter[str] = Counter()
+"""How often logits were computed after all, by the line (`file:line`) that read them. The user may clear it."""
+
+Step = tuple[str, Any]  # ("mul" | "div", number), ("tanh", None), ("to", dtype), ("apply", function of whole rows)
+
+_HERE = {Path(__file__).with_name(name).resolve() for name in ("lazy.py", "lazy_functions.py")}
+_SAME = {aten.detach.default, aten.alias.default}
+_GRAD = Tensor.grad.__get__  # type: ignore[attr-defined]
+_VIEW = {aten.view.default, aten._unsafe_view.default}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What logits are made from: `steps(hidden @ weight.T + bias)`.
+
+    Attributes:
+        hidden: (*rows, H).
+        weight: (V, H).
+        bias: (V), or `None`.
+        product_dtype: dtype in which the product runs; autocast may not be on any more when it does.
+        steps: what follows the product, in order.
+        versions: of the three tensors, at the time when the model ran.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    product_dtype: torch.dtype
+    steps: tuple[Step, ...]
+    versions: tuple[int | None, ...]
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        product_dtype: torch.dtype,
+        steps: Sequence[Step],
+    ) -> Formula:
+        """Note how old the tensors are."""
+        versions = tuple(_version(t) for t in (hidden, weight, bias))
+        return cls(hidden, weight, bias, product_dtype, tuple(steps), versions)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the logits."""
+        casts = [value for name, value in self.steps if name == "to"]
+        return casts[-1] if casts else self.product_dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the logits, (*rows, V)."""
+        return (*self.hidden.shape[:-1], self.weight.shape[0])
+
+    def detach(self) -> Formula:
+        """The same without autograd history."""
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+
+    def of_rows(self, hidden: Tensor) -> Formula:
+        """The same for other rows."""
+        return replace(self, hidden=hidden, versions=(_version(hidden), *self.versions[1:]))
+
+    def then(self, *steps: Step) -> Formula:
+        """The same, with more steps."""
+        return replace(self, steps=(*self.steps, *steps))
+
+    def check_fresh(self) -> None:
+        """Refuse to compute from tensors that are no longer what they were.
+
+        Raises:
+            RuntimeError: one of them was changed in place since, or freed.
+        """
+        tensors = (self.hidden, self.weight, self.bias)
+        if tuple(_version(t) for t in tensors) != self.versions:
+            raise RuntimeError(
+                "logits: expected to be read before the weights of the head change, got an in-place change since "
+                "(an optimizer step?); read them earlier, or compile with lazy_logits=False"
+            )
+        if any(t is not None and t.numel() and not t.untyped_storage().nbytes() for t in tensors):
+            raise RuntimeError(
+                "logits: expected to be read while the weights of the head are there, got freed memory "
+                "(FSDP reshards after forward); read them earlier, or compile with lazy_logits=False"
+            )
+
+    def compute(self) -> Tensor:
+        """The logits, differentiably."""
+        self.check_fresh()
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return apply_formula(
+                self.hidden, self.weight, self.bias, product_dtype=self.product_dtype, steps=self.steps
+            )
+
+
+def apply_formula(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    product_dtype: torch.dtype,
+    steps: Sequence[Step],
+) -> Tensor:
+    """Compute logits: a linear layer, then `steps` in the order and dtypes of the model."""
+    bias = None if bias is None else bias.to(product_dtype)
+    result = functional.linear(hidden.to(product_dtype), weight.to(product_dtype), bias)
+    return apply_steps(result, steps)
+
+
+def apply_steps(result: Tensor, steps: Sequence[Step]) -> Tensor:
+    """What follows the product."""
+    for name, value in steps:
+        if name == "mul":
+            result = result * value
+        elif name == "div":
+            result = result / value
+        elif name == "tanh":
+            result = torch.tanh(result)
+        elif name == "to":
+            result = result.to(value)
+        else:
+            result = value(result)
+    return result
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+class Source:
+    """Where the values of a lazy tensor come from; shared by its aliases.
+
+    Attributes:
+        formula: see there; `None` where only the values are known.
+        order: permutation of the dimensions of the formula's result, or `None`.
+        parent: what this one was made from by `make`: a view (`shares`) or a copy.
+        own: the plain tensor, once there is one.
+    """
+
+    def __init__(
+        self,
+        formula: Formula | None,
+        order: tuple[int, ...] | None = None,
+        parent: Source | None = None,
+        make: Callable[[Tensor], Tensor] | None = None,
+        *,
+        shares: bool = False,
+    ) -> None:
+        self.formula, self.order, self.parent, self.make, self.shares = formula, order, parent, make, shares
+        self.own: Tensor | None = None
+        self.own_version = 0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the values stand in memory, here or where this is a view of."""
+        return self.own is not None or (self.shares and self.parent is not None and self.parent.is_read)
+
+    def tensor(self, *, with_parent: bool = False) -> Tensor:
+        """The plain tensor, computed at most once; with its autograd history if gradients are on.
+
+        Args:
+            with_parent: make what this is a view of a plain tensor too, because memory is about to be written.
+        """
+        parent, make = self.parent, self.make
+        if parent is not None and make is not None and self.shares and (with_parent or parent.is_read):
+            return make(parent.tensor(with_parent=with_parent))
+        if self.own is not None and (self.own.requires_grad or not self._wants_history()):
+            return self.own
+        assert self.formula is not None, "formula: expected one, as there are no values yet"
+        changed = self.own if self.is_changed else None
+        if parent is not None and make is not None and parent.own is not None and not parent.is_changed:
+            own = make(parent.tensor())
+        else:
+            materialised[_reader()] += 1
+            own = self.formula.compute()
+            own = own if self.order is None else own.permute(self.order)
+        if changed is not None:
+            with torch.no_grad():
+                own.copy_(changed)
+        self.own, self.own_version = own, _version(own) or 0
+        return own
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the plain tensor was written to."""
+        return self.own is not None and (_version(self.own) or 0) != self.own_version
+
+    def _wants_history(self) -> bool:
+        if self.formula is None or not torch.is_grad_enabled():
+            return False
+        tensors = (self.formula.hidden, self.formula.weight, self.formula.bias)
+        return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _reader() -> str:
+    """`file:line` of the innermost frame outside torch and these files."""
+    package = Path(torch.__file__).parent
+    for frame in reversed(traceback.extract_stack(limit=60)):
+        path = Path(frame.filename)
+        if path not in _HERE and package not in path.parents and not frame.filename.startswith("<"):
+            return f"{frame.filename}:{frame.lineno}"
+    return "unknown"
+
+
+class LazyLogits(Tensor):
+    """A tensor that knows how to compute itself; see the module."""
+
+    source: Source
+    _plain: Tensor  # for `__tensor_flatten__`
+    _bridge: Tensor | None = None  # the plain tensor, where autograd nodes of others made this one
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Above autograd: what stays lazy, what runs in chunks, and plain tensors for all the rest."""
+        from graphfuse.lazy_functions import ABOUT_SHAPE, FUNCTIONS, writes
+
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in ABOUT_SHAPE:
+                return func(*args, **kwargs)
+            compiling = torch.compiler.is_compiling()
+            if func == _GRAD and (compiling or not args[0].source.is_read):
+                return None
+            if compiling:
+                return func(*args, **kwargs)
+            if func in FUNCTIONS:
+                result = FUNCTIONS[func](*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            written = args[0] if writes(func) and isinstance(args[0], LazyLogits) else None
+
+            def values(tensor: LazyLogits) -> Tensor:
+                return plain(tensor, with_parent=tensor is written)
+
+            args, kwargs = tree_map_only(LazyLogits, values, (args, kwargs))
+            result = func(*args, **kwargs)
+            return written if written is not None and result is args[0] else result
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Below autograd, for what comes from C++: aliases stay lazy, everything else gets the values."""
+        first = args[0] if args else None
+        if isinstance(first, LazyLogits) and (
+            func in _SAME or (func in _VIEW and tuple(args[1]) == tuple(first.shape))
+        ):
+            source = first.source
+            if source.formula is None:  # inside a trace, of which the values are part
+                return _known(func(source.tensor(), *args[1:]))
+            return wrap(source, like=first)
+        args, kwargs = tree_map_only(LazyLogits, lambda t: t.source.tensor().detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return copy.deepcopy(plain(self), memo)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return repr(plain(self))
+
+    # Dynamo and AOTAutograd take a subclass as an input of a graph by the plain tensors inside it.
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        if not hasattr(self, "_plain"):
+            with _disable_current_modes():  # fake tensors are made of the values, not inside them
+                self._plain = self.source.tensor().detach()
+        return ["_plain"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Tensor:
+        return _known(inner["_plain"])
+
+
+def wrap(source: Source, *, like: Tensor) -> LazyLogits:
+    """A new lazy tensor over `source`, of the shape and strides of `like`, without autograd history."""
+    known = source.own if source.formula is None else None
+    dtype = known.dtype if known is not None else source.formula.dtype  # type: ignore[union-attr]
+    device = known.device if known is not None else source.formula.hidden.device  # type: ignore[union-attr]
+    tensor: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        LazyLogits, like.shape, strides=like.stride(), dtype=dtype, device=device
+    )
+    tensor.source = source
+    return tensor
+
+
+def _known(values: Tensor) -> LazyLogits:
+    """A lazy tensor in name only."""
+    source = Source(None)
+    source.own = values
+    tensor = wrap(source, like=values)
+    tensor._plain = values
+    return tensor
+
+
+def lazy(source: Source, like: Tensor | None = None) -> LazyLogits:
+    """The lazy tensor over `source`, differentiable; `like` has its shape and strides (contiguous without)."""
+    formula = source.formula
+    assert formula is not None, "formula: expected one to compute from"
+    if like is None:
+        like = torch.empty(formula.shape, device="meta")
+        like = like if source.order is None else like.permute(source.order)
+    result: LazyLogits = _Attach.apply(source, like, formula.hidden, formula.weight, formula.bias)  # type: ignore[no-untyped-call]
+    return result
+
+
+def plain(tensor: LazyLogits, *, with_parent: bool = False) -> Tensor:
+    """The values of a lazy tensor as a plain one, of the same history."""
+    if not tensor.requires_grad:
+        return tensor.source.tensor(with_parent=with_parent).detach()
+    if _is_ours(tensor):
+        return tensor.source.tensor(with_parent=with_parent)
+    if tensor._bridge is None:
+        tensor._bridge = _Bridge.apply(tensor)  # type: ignore[no-untyped-call]
+    return tensor._bridge  # type: ignore[return-value]
+
+
+def _is_ours(tensor: LazyLogits) -> bool:
+    """Whether the autograd history is that of the formula, and nothing else's."""
+    return getattr(tensor.grad_fn, "source", None) is tensor.source
+
+
+class _Bridge(torch.autograd.Function):
+    """The values, with the history that somebody else's autograd node gave to the lazy tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: LazyLogits) -> Tensor:
+        return tensor.source.tensor().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def live_formula(tensor: Tensor) -> Formula | None:
+    """The formula that a function may compute from instead of the values, or `None` if it must take those.
+
+    It must not where they stand in memory already (and may have been changed), and where autograd nodes of others
+    stand between the logits and this tensor.
+    """
+    if not isinstance(tensor, LazyLogits) or tensor.source.is_read:
+        return None
+    if tensor.source.formula is None:
+        return None
+    if not tensor.requires_grad:
+        return tensor.source.formula.detach()
+    return tensor.source.formula if _is_ours(tensor) else None
+
+
+class _Attach(torch.autograd.Function):
+    """Gives a lazy tensor the autograd history of its hidden states and weights, for whoever reads it from C++."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, like: Tensor, *tensors: Tensor | None) -> LazyLogits:
+        ctx.source = source
+        ctx.set_materialize_grads(False)
+        return wrap(source, like=like)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[2:]
+        if grad is None:
+            return (None,) * (2 + len(wanted))
+        source: Source = ctx.source
+        assert source.formula is not None
+        formula = source.formula.detach()
+        tensors = (formula.hidden, formula.weight, formula.bias)
+        needed = [t.requires_grad_() for t, need in zip(tensors, wanted, strict=True) if need and t is not None]
+        with torch.enable_grad():
+            output = formula.compute()
+            output = output if source.order is None else output.permute(source.order)
+        grads = iter(torch.autograd.grad(output, needed, grad))
+        return (None, None, *(next(grads) if need else None for need in wanted))

@@ -1,0 +1,221 @@
+"""Logits among the outputs of a graph: taken out of it, and put back as lazy tensors.
+
+    outputs (loss, logits)   ->   outputs (loss, hidden), and logits made of hidden and weight outside, when read
+
+Worth it where the loss is fused, so that nothing else computes the logits, and in training, where a loss outside the
+graph is likely to be one that can be fused with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphfuse.certify import certify
+from graphfuse.lazy import Formula, Source, Step, apply_formula, lazy
+from graphfuse.match import CASTS, IDENTITIES, Match, scalar, short
+from graphfuse.rewrite import erase
+from graphfuse.shadow import Shadow, Value, is_nested
+
+aten = torch.ops.aten
+
+VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
+MUL = {aten.mul.Tensor, aten.mul.Scalar}
+DIV = {aten.div.Tensor, aten.div.Scalar}
+PRODUCTS = {aten.mm.default, aten.addmm.default}
+TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
+
+NAME = "lazy_logits"
+MIN_VOCABULARY = 8192  # classes, from which an output that no loss in the graph reads is taken for logits
+
+
+@dataclass(eq=False)
+class LazyOutput:
+    """One output of a graph that is made of a linear layer and of little else."""
+
+    position: int
+    match: Match
+    product: Value
+    hidden_uses: list[tuple[Value, Value]]  # (operand, user) on the way to the output: no uses if it is taken out
+
+
+def find(shadow: Shadow) -> list[LazyOutput]:
+    """The outputs that can be lazy. Until `settle`, their way out of the graph does not count as a use."""
+    found = []
+    for position, node in enumerate(_outputs(shadow.graph_module)):
+        value = shadow.value_of.get(node) if isinstance(node, fx.Node) else None
+        if value is None or any(is_nested(user) for user in node.users):
+            continue
+        described = _describe(value, shadow)
+        if described is None:
+            continue
+        match, product = described
+        if certify(match, shadow) is None:
+            found.append(LazyOutput(position, match, product, []))
+    for output in found:
+        shadow.escaping.discard(output.match.anchor)
+    for output in found:
+        value = output.match.anchor
+        while value is not output.product and not value.users and value not in shadow.escaping:
+            operand = next(value.operands())
+            operand.users.remove(value)
+            output.hidden_uses.append((operand, value))
+            value = operand
+    return found
+
+
+def settle(outputs: Sequence[LazyOutput], shadow: Shadow, taken: set[Value]) -> Plan:
+    """Take those outputs out of the graph that nothing in it computes any more; the others are outputs again."""
+    chosen = [o for o in outputs if o.product in taken or _is_worth_it(o)]
+    for output in outputs:
+        if output not in chosen:
+            shadow.escaping.add(output.match.anchor)
+            for operand, user in output.hidden_uses:
+                operand.users.append(user)
+    graph = shadow.graph_module.graph
+    nodes = list(_outputs(shadow.graph_module))
+    lazy_at = {output.position for output in chosen}
+    kept = [node for k, node in enumerate(nodes) if k not in lazy_at]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+
+    def place(value: Value) -> tuple[bool, int]:
+        node = shadow.node_of[value]
+        if node in placeholders:
+            return True, placeholders.index(node)
+        if node not in kept:
+            kept.append(node)
+        return False, kept.index(node)
+
+    slots = [
+        Slot(o.position, tuple(place(v) for v in o.match.inputs), o.match.params["product_dtype"], o.match.params["steps"])
+        for o in sorted(chosen, key=lambda o: o.position)
+    ]
+    if chosen:
+        graph.output_node().args = (tuple(kept),)
+        for output in chosen:
+            erase({value.node for value in shadow.cone(output.match.outputs, output.match.inputs)}, shadow)
+    return Plan(chosen, slots, len(nodes) - len(chosen))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a lazy output goes, and from where its parts come."""
+
+    position: int
+    parts: tuple[tuple[bool, int], ...]  # hidden, weight[, bias]: (is an input of the graph, which)
+    product_dtype: torch.dtype
+    steps: tuple[Step, ...]
+
+    def fill(self, args: Sequence[Any], results: Sequence[Any]) -> Tensor:
+        """Make the output of one call."""
+        hidden, weight, *rest = (args[k] if is_input else results[k] for is_input, k in self.parts)
+        bias = rest[0] if rest else None
+        if any(type(t) not in (Tensor, nn.Parameter) for t in (hidden, weight, *rest)):
+            return apply_formula(hidden, weight, bias, product_dtype=self.product_dtype, steps=self.steps)
+        return lazy(Source(Formula.of(hidden, weight, bias, self.product_dtype, self.steps)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The lazy outputs of one graph, and how many others it has."""
+
+    outputs: Sequence[LazyOutput]
+    slots: Sequence[Slot]
+    others: int
+
+    def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """`compiled`, with the lazy outputs put between the others."""
+        if not self.slots:
+            return compiled
+
+        def call(*args: Any) -> tuple[Any, ...]:
+            results = compiled(*args)
+            outputs = list(results[: self.others])
+            for slot in self.slots:
+                outputs.insert(slot.position, slot.fill(args, results))
+            return tuple(outputs)
+
+        return call
+
+
+def _outputs(graph_module: fx.GraphModule) -> Sequence[Any]:
+    outputs = graph_module.graph.output_node().args[0]
+    return outputs if isinstance(outputs, (tuple, list)) else ()
+
+
+def _is_worth_it(output: LazyOutput) -> bool:
+    """Whether the output looks like logits in training that only a reader outside could want."""
+    value, product = output.match.anchor, output.product
+    hidden = output.match.inputs[0]
+    vocabulary = value.shape[-1]
+    unused = not product.users if product is not value else not value.users
+    return (
+        unused
+        and value.grad_mode
+        and value.tensor.requires_grad
+        and vocabulary >= max(MIN_VOCABULARY, 2 * hidden.shape[-1])
+    )
+
+
+def _describe(output: Value, shadow: Shadow) -> tuple[Match, Value] | None:
+    """The output as a linear layer and steps, with the value of the layer's product; `None` if it is not that."""
+    if not output.dtype.is_floating_point or output.tensor.dim() < 2 or not output.tensor.is_contiguous():
+        return None
+    steps: list[Step] = []
+    value = output
+    while value.op not in PRODUCTS:
+        step = _step(value)
+        if step is None:
+            return None
+        value, *name = step
+        steps[:0] = [(name[0], name[1])] if name else []
+    bias, left, right = (None, *value.args[:2]) if value.op is aten.mm.default else value.args[:3]
+    if right.op not in TRANSPOSES or right.args[0].tensor.dim() != 2 or value.kwargs:
+        return None
+    hidden: Value | None = left
+    while hidden is not None and hidden.shape[:-1] != output.shape[:-1]:
+        hidden = hidden.args[0] if hidden.op in VIEWS | IDENTITIES and hidden.args[0].shape[-1] == left.shape[-1] else None
+    inputs = [_at_node(v, shadow) for v in (hidden, right.args[0], bias) if v is not None or v is hidden]
+    if any(v is None for v in inputs):
+        return None
+    match = Match(
+        pattern=NAME,
+        outputs=(output,),
+        inputs=tuple(v for v in inputs if v is not None),
+        replacement=apply_formula,
+        params={"product_dtype": value.dtype, "steps": tuple(steps)},
+        variant=short(output.dtype),
+        covers={NAME: 1},
+        scalable=frozenset({output.shape[-1], left.shape[-1]}),
+    )
+    return match, value
+
+
+def _step(value: Value) -> tuple[Value] | tuple[Value, str, Any] | None:
+    """What the value was before one operation on each element, and that operation; views are none."""
+    operands = [arg for arg in value.args if isinstance(arg, Value)]
+    if not operands:
+        return None
+    operand = operands[0]
+    if value.op in IDENTITIES or (value.op in VIEWS and operand.shape[-1] == value.shape[-1]):
+        return (operand,)
+    if value.op in CASTS and value.dtype.is_floating_point:
+        return operand, "to", value.dtype
+    if value.op is aten.tanh.default:
+        return operand, "tanh", None
+    if value.op in MUL | DIV and len(value.args) == 2:
+        factor = scalar(value.args[1] if value.args[0] is operand else value.args[0])
+        if factor is not None and (value.args[0] is operand or value.op in MUL):
+            return operand, "mul" if value.op in MUL else "div", factor
+    return None
+
+
+def _at_node(value: Value | None, shadow: Shadow) -> Value | None:
+    """The value, or what it was before casts inside a node, as the result of a graph node."""
+    while value is not None and value not in shadow.node_of:
+        value = value.args[0] if value.op in CASTS | IDENTITIES else None
+    return value

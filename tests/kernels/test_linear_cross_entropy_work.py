@@ -1,0 +1,222 @@
+"""What linear_cross_entropy and linear_log_probs compute, and keep: GEMMs, rows, gradients, memory."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from graphfuse.kernels import _head_ops
+from graphfuse.kernels._softmax_grad import Factors
+from graphfuse.kernels._token_chunks import chunk_tokens, kept_tokens
+from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+
+TOKENS, FEATURES, VOCAB, CHUNK = 19, 24, 77, 8
+CHUNKS = 2  # that the tokens that count take
+
+OPS = torch.ops.graphfuse
+BODIES = {
+    OPS.linear_cross_entropy.default: _head_ops._sum_forward,
+    OPS.linear_token_losses.default: _head_ops._each_forward,
+    OPS.linear_token_losses_backward.default: _head_ops._each_backward,
+}
+GEMMS = (torch.ops.aten.mm.out, torch.ops.aten.addmm.out)
+
+
+class Watch(TorchDispatchMode):
+    """Keeps what ran, inside our ops too, the sizes of GEMMs, and that of the largest floating-point storage made."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.gemms, self.largest = [], [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.overloadpacket.__name__)
+        if func in BODIES:
+            with self:
+                return BODIES[func](*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func in GEMMS:
+            a, b = args[-2:]
+            self.gemms.append((a.shape[0], a.shape[1], b.shape[1]))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return out
+
+    @property
+    def rows(self):
+        """How many tokens each product of logits was for."""
+        return [m for m, k, n in self.gemms if (k, n) == (FEATURES, VOCAB)]
+
+
+def problem(device, dtype=torch.float32, tokens=TOKENS):
+    """Hidden, weight and bias; a target of which 4 tokens in 19 do not count."""
+    hidden, weight = torch.randn(tokens, FEATURES, device=device), torch.randn(VOCAB, FEATURES, device=device) * 0.3
+    bias = torch.randn(VOCAB, device=device)
+    target = torch.randint(0, VOCAB, (tokens,), device=device)
+    target[1::5] = -100
+    return *(leaf.to(dtype).requires_grad_() for leaf in (hidden, weight, bias)), target
+
+
+def loss_of(hidden, weight, bias, target, **options):
+    return linear_cross_entropy(hidden, weight, target, bias, **{"chunk_size": CHUNK, "compact": True, **options})
+
+
+@pytest.mark.parametrize("trained", ["", "hidden", "weight", "bias", "hidden weight", "hidden weight bias"])
+def test_computes_the_gradients_that_are_needed(trained, device):
+    *tensors, target = problem(device)
+    whole = torch.autograd.grad(loss_of(*tensors, target), tensors)
+    for name, tensor in zip(("hidden", "weight", "bias"), tensors, strict=True):
+        tensor.requires_grad_(name in trained)
+    with Watch() as watch:
+        loss = loss_of(*tensors, target)
+        if trained:
+            loss.backward()
+    assert len(watch.gemms) == CHUNKS * (1 + ("hidden" in trained) + ("weight" in trained))
+    for tensor, grad in zip(tensors, whole, strict=True):
+        assert torch.equal(tensor.grad, grad) if tensor.requires_grad else tensor.grad is None
+
+
+def test_computes_the_loss_alone_without_gradients(device):
+    inputs = problem(device)
+    expected = loss_of(*inputs)
+    with torch.no_grad(), Watch() as watch:
+        loss = loss_of(*inputs)
+    assert torch.equal(loss, expected)
+    assert len(watch.gemms) == CHUNKS
+
+
+def test_per_token_losses_compute_logits_twice(device):
+    *tensors, target = problem(device)
+    with Watch() as watch:
+        loss_of(*tensors, target, reduction="none").sum().backward()
+    assert len(watch.gemms) == CHUNKS * 4
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["plain", "everything"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_ignored_tokens_cost_nothing(reduction, options, device):
+    *tensors, target = problem(device)
+    found = {}
+    for compact in (True, False):
+        with Watch() as watch:
+            loss = loss_of(*tensors, target, reduction=reduction, compact=compact, **options)
+            grads = torch.autograd.grad(loss.sum(), tensors)
+        found[compact] = (loss, *grads)
+        passes = 2 if reduction == "none" else 1
+        assert sum(watch.rows) == passes * (int((target != -100).sum()) if compact else TOKENS)
+    torch.testing.assert_close(found[True], found[False])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_token_counts_and_nothing_runs(reduction, device):
+    *tensors, target = problem(device)
+    with Watch() as watch:
+        loss = loss_of(*tensors, target.fill_(-100), reduction=reduction, compact=True)
+        grads = torch.autograd.grad(loss.sum(), tensors)
+    assert watch.gemms == []
+    assert not any(grad.any() for grad in grads)
+    assert loss.isnan().all() if reduction == "mean" else not loss.any()
+
+
+def test_log_probs_without_upstream_gradient_cost_nothing_in_backward(device):
+    *tensors, target = problem(device)
+    logps = linear_log_probs(*tensors[:2], target.clamp(min=0), tensors[2], chunk_size=CHUNK)
+    chosen = torch.arange(TOKENS, device=device) % 3 == 0
+    with Watch() as watch:
+        (logps * chosen).sum().backward()
+    assert sum(watch.rows) == int(chosen.sum()) if device == "cpu" else TOKENS
+
+
+def test_keeps_the_order_of_the_tokens_it_leaves_out(device):
+    factors = Factors(
+        torch.tensor([0.0, 2.0, 0.0, 0.0, 1.0], device=device), None, None, torch.eye(5, device=device)[2]
+    )
+    assert kept_tokens(factors, 0, compact=True).tolist() == [1, 2, 4]
+    assert kept_tokens(factors, 0, compact=False) is None
+    assert kept_tokens(factors.map(torch.ones_like), 0, compact=True) is None
+    assert kept_tokens(Factors(), 0, compact=True) is None
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint_does_not_compute_gradients_twice(use_reentrant, device):
+    """Without gradients a first pass only knows the loss. With them, nothing makes it run again."""
+    hidden, weight, bias, target = problem(device)
+
+    def head(hidden):
+        return loss_of(functional.rms_norm(hidden.tanh(), (FEATURES,)), weight, bias, target)
+
+    expected = torch.autograd.grad(head(hidden), (hidden, weight, bias))
+    with Watch() as watch:
+        checkpoint(head, hidden, use_reentrant=use_reentrant).backward()
+    assert len(watch.gemms) == CHUNKS * (4 if use_reentrant else 3)
+    for leaf, grad in zip((hidden, weight, bias), expected, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_backward_twice_adds_twice(reduction, device):
+    """A retained graph keeps its gradients as they were, whatever upstream gradient came first."""
+    *tensors, target = problem(device)
+    loss = loss_of(*tensors, target, reduction=reduction).sum()
+    once = torch.autograd.grad(loss, tensors, retain_graph=True)
+    thrice = torch.autograd.grad(loss * 3, tensors, retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(thrice, tuple(grad * 3 for grad in once))
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(tensors, once, strict=True))
+
+
+def test_second_backward_needs_a_retained_graph(device):
+    *tensors, target = problem(device)
+    loss = loss_of(*tensors, target)
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph: expected True for a second backward"):
+        loss.backward()
+
+
+def test_freed_graph_scales_in_place(device):
+    """No second tensor of the weight's size is made where nobody can ask for the first again."""
+    hidden, weight, _, target = problem(device)
+    head = linear_cross_entropy(hidden, weight, target, reduction="sum")
+    saved = [tensor.data_ptr() for tensor in head.grad_fn.gradients.tensors[:2]]
+    with Watch() as watch:
+        head.backward(torch.tensor(3.0, device=device))
+    assert [leaf.grad.data_ptr() for leaf in (hidden, weight)] == saved
+    assert not {"zeros", "zeros_like", "mul", "clone"} & set(watch.ops)
+
+
+def test_loss_does_not_keep_the_gradients_alive(device):
+    hidden, weight, bias, target = problem(device)
+    loss = linear_cross_entropy(hidden, weight, target, bias, reduction="sum")
+    loss.backward()
+    assert loss.grad_fn.gradients.tensors is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_never_exist_as_a_whole(reduction, device):
+    tokens, features, vocab, chunk = 64, 4, 256, 8
+    hidden = torch.randn(tokens, features, device=device, requires_grad=True)
+    weight = torch.randn(vocab, features, device=device, requires_grad=True)
+    target = torch.arange(tokens, device=device)
+    with Watch() as watch:
+        linear_cross_entropy(
+            hidden, weight, target, label_smoothing=0.1, softcap=4.0, reduction=reduction, chunk_size=chunk
+        ).sum().backward()
+    assert chunk * vocab <= watch.largest < tokens * vocab // 4
+
+
+def test_chunk_size_follows_from_the_budget():
+    def chosen(tokens, vocab, itemsize=2, on_cpu=False):
+        return chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)
+
+    assert chosen(16384, 128256) == 2048
+    assert chosen(16384, 151936) == 1664  # ten equal chunks, not nine and a rest
+    assert chosen(16384, 128256, itemsize=4) == 1024
+    assert chosen(16384, 1_000_000) == 1024
+    assert chosen(16384, 32000) == 8192
+    assert chosen(65536, 128256) == 4096  # sixteen chunks at most
+    assert chosen(2**20, 128256) == 8192  # and no chunk over this
+    assert chosen(700, 128256) == 700
+    assert chosen(0, 128256) == 1
+    assert chosen(4096, 128256, itemsize=4, on_cpu=True) == 64

@@ -75,7 +75,7 @@ def _lead_in(match: Match, shadow: Shadow) -> tuple[list[Value], list[Value]]:
     """
     leaves: list[Value] = []
     for value in match.inputs:
-        root = roots(value)[-1]
+        root = roots(value)[-1] if match.above_views else value
         if root not in leaves:
             leaves.append(root)
     prefix = shadow.cone(match.inputs, leaves)
@@ -93,7 +93,8 @@ class _Proof:
         free: set[int] = set(self.match.scalable)
         for leaf in self.leaves:
             free.update(leaf.shape if _counts(leaf) else leaf.shape[:-1])
-        later = {size for value in self.prefix for size in value.shape[:-1]}
+        values = self.prefix if self.match.above_views else self.region
+        later = {size for value in values for size in value.shape[:-1]}
         for size in list(free):  # a flattened batch: its factors appear further on
             free.update(s for s in later if size % s == 0 and size // s in later)
         return small_sizes(free)
@@ -135,7 +136,9 @@ class _Proof:
         generator = torch.Generator().manual_seed(0)
         cpu = torch.device("cpu")
         drawn = []
-        samplers = {roots(self.match.inputs[i])[-1]: s for i, s in self.match.samplers.items()}
+        above = self.match.above_views
+        inputs = [roots(value)[-1] if above else value for value in self.match.inputs]
+        samplers = {inputs[i]: sampler for i, sampler in self.match.samplers.items()}
         for leaf in self.leaves:
             shape = self._small(leaf)
             if leaf in samplers:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils.checkpoint import CheckpointPolicy
 
 from graphfuse.config import Config
 
@@ -32,8 +33,12 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
     return result
 
 
+# Their results are gradients: a checkpoint that runs them again in backward pays for all their products twice.
+RUN_ONCE = {"graphfuse::linear_cross_entropy"}
+
+
 class Salt(CustomGraphPass):
-    """Puts graphfuse's own sources into the key of Inductor's and AOTAutograd's caches.
+    """Puts graphfuse's own sources into the key of Inductor's and AOTAutograd's caches, and saves what runs once.
 
     The caches do not look into an op: without this, an edited backward would be served from before the edit. Passes
     that the user has set in the same place still run.
@@ -46,6 +51,10 @@ class Salt(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for user_pass in self.user_passes:
             user_pass(graph)
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in RUN_ONCE:
+                for value in (node, *node.users):
+                    value.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
     def uuid(self) -> Any:
         theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.user_passes]

@@ -33,6 +33,8 @@ class Match:
         samplers: input position -> how to draw it for certification, where a normal distribution will not do.
         scalable: sizes that the computation does not depend on, besides those of leading dimensions: certification
             may shrink them.
+        above_views: certification starts above the views that lead to the inputs, and so with inputs as strided as in
+            the graph; not for computations on heads, whose number would then shrink in one input and not in another.
     """
 
     pattern: str
@@ -44,6 +46,7 @@ class Match:
     covers: Mapping[str, int]
     samplers: Mapping[int, Sampler] = field(default_factory=dict)
     scalable: frozenset[int] = frozenset()
+    above_views: bool = True
 
     @property
     def anchor(self) -> Value:

@@ -2,9 +2,10 @@
 
 Tokens whose loss has no weight cost nothing: the others are gathered, chunk by chunk, and their gradients scattered
 back. That takes one number on the host, how many there are. It travels by an asynchronous copy that the GPU makes as
-soon as it reaches the op, and the host waits for it before it launches the first GEMM; so the GPU idles for the time of
-a launch (about 30 us) and the host loses its lead, which it wins back during the GEMMs. Where these are small, and
-while a CUDA graph is captured, all tokens go through and the pass skips the rows without weight.
+soon as it reaches the op; everything that does not depend on it is launched behind that copy, and only then does the
+host wait. So the GPU idles for a few launches at most, and the host loses its lead, which it wins back during the
+GEMMs. Where these are small, and while a CUDA graph is captured, all tokens go through and the pass skips the rows
+without weight.
 """
 # Shape letters: N = tokens, H = features of a token, V = classes (vocabulary).
 
@@ -80,25 +81,39 @@ def chunk_tokens(tokens: int, vocab: int, itemsize: int, *, on_cpu: bool) -> int
     return -(-tokens // (chunks * multiple)) * multiple
 
 
-def kept_tokens(factors: Factors, work: int, compact: bool | None) -> Tensor | None:
-    """Return the numbers of the tokens with a factor that is not 0, in order; `None` stands for all."""
-    given = factors.given()
-    if not given or compact is False:
-        return None
-    if given[0].is_cuda and compact is None and (work < GPU_WORTH_A_WAIT or torch.cuda.is_current_stream_capturing()):
-        return None
-    kept = given[0] != 0
-    for factor in given[1:]:
-        kept |= factor != 0
-    if not kept.is_cuda:
-        numbers = kept.nonzero().squeeze(1)
-        return None if len(numbers) == len(kept) else numbers
-    count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(kept.sum(), non_blocking=True)
-    known = torch.cuda.Event()
-    known.record()
-    numbers = kept.to(torch.uint8).argsort(descending=True, stable=True)
-    known.synchronize()
-    return None if int(count) == len(kept) else numbers[: int(count)]
+class Kept:
+    """The tokens with a factor that is not 0.
+
+    Attributes:
+        order: (N,), the numbers of all tokens, those first, otherwise in order.
+    """
+
+    def __init__(self, factors: Factors) -> None:
+        first, *others = (factor != 0 for factor in factors.given())
+        is_kept = first
+        for other in others:
+            is_kept = is_kept | other
+        self._count = count = is_kept.sum()
+        if is_kept.is_cuda:
+            self._count = torch.empty((), dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
+            self._is_known = torch.cuda.Event()
+            self._is_known.record()
+        self.order = is_kept.to(torch.uint8).argsort(descending=True, stable=True)
+
+    def count(self) -> int:
+        """Return how many they are: here the host waits."""
+        if self.order.is_cuda:
+            self._is_known.synchronize()
+        return int(self._count)
+
+
+def keeps(factors: Factors, work: int, compact: bool | None) -> bool:
+    """Whether to look for tokens to leave out; `work` counts multiplications and additions."""
+    if not factors.given() or compact is False:
+        return False
+    if compact or not factors.given()[0].is_cuda:
+        return True
+    return work >= GPU_WORTH_A_WAIT and not torch.cuda.is_current_stream_capturing()
 
 
 def run_chunks(
@@ -122,39 +137,40 @@ def run_chunks(
     factors = Factors() if factors is None else factors.map(lambda f: f.to(compute).contiguous())
     class_weight = None if class_weight is None else class_weight.to(compute).contiguous()
     work = 2 * (1 + needs.hidden + needs.weight) * all_tokens * features * vocab
-    kept = kept_tokens(factors, work, chunks.compact)
-    target = target.contiguous() if kept is None else target[kept]
-    factors = factors if kept is None else factors.map(lambda f: f[kept])
+    kept = Kept(factors) if keeps(factors, work, chunks.compact) else None
+    target = target.contiguous() if kept is None else target[kept.order]
+    factors = factors if kept is None else factors.map(lambda f: f[kept.order])
 
-    tokens, on_cpu = target.shape[0], hidden.device.type == "cpu"
-    if on_cpu:
-        _check_targets(target, vocab, factors)
-    itemsize = compute.itemsize if on_cpu else hidden.dtype.itemsize
-    size = max(1, min(tokens, chunks.size or chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)))
     # fp16 has no room for the 1/count of a mean: its chunks hold gradients of everyday size.
     late = None
-    if any(needs) and hidden.dtype == torch.float16 and tokens:
+    if any(needs) and hidden.dtype == torch.float16 and all_tokens:
         late = torch.stack([factor.abs().amax() for factor in factors.given()]).amax()
         factors = factors.map(lambda f: f / torch.where(late > 0, late, 1))
-
-    losses = TokenLosses(*(hidden.new_empty(tokens, dtype=compute) if want else None for want in wanted))
+    on_cpu = hidden.device.type == "cpu"
+    itemsize = compute.itemsize if on_cpu else hidden.dtype.itemsize
     empty = hidden.new_empty(0, dtype=grad_dtype)
-    allocate = torch.empty_like if kept is None else torch.zeros_like
-    grad_hidden = allocate(hidden, dtype=grad_dtype) if needs.hidden else empty
+    grad_hidden = torch.empty_like(hidden, dtype=grad_dtype) if needs.hidden else empty
     grad_bias = hidden.new_zeros(vocab if needs.bias else 0, dtype=compute)
     grad_weight: WideSum | HalfSum | None = None
     if needs.weight:
-        count = -(-tokens // size)
-        grad_weight = weight_grad(weight, hidden, factors, class_weight, options.scale, compute, grad_dtype, count)
+        is_one = all_tokens <= (chunks.size or chunk_tokens(all_tokens, vocab, itemsize, on_cpu=on_cpu))
+        sum_dtype = grad_dtype if is_one else compute
+        grad_weight = weight_grad(weight, hidden, factors, class_weight, options.scale, sum_dtype, grad_dtype)
+    if isinstance(grad_weight, HalfSum):
+        factors = factors.map(grad_weight.scaled)
 
+    tokens = all_tokens if kept is None else kept.count()
+    chosen = None if kept is None or tokens == all_tokens else kept.order[:tokens]
+    if on_cpu:
+        _check_targets(target[:tokens], vocab, factors.map(lambda f: f[:tokens]))
+    size = max(1, min(tokens, chunks.size or chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)))
+    losses = TokenLosses(*(hidden.new_empty(tokens, dtype=compute) if want else None for want in wanted))
     softmax_grad = softmax_grad_triton if use_triton else softmax_grad_reference
     buffer = hidden.new_empty(size, -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE)
     in_half = isinstance(grad_weight, HalfSum)
-    if isinstance(grad_weight, HalfSum):
-        factors = factors.map(grad_weight.scaled)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
-        x = hidden[rows] if kept is None else hidden[kept[rows]]
+        x = hidden[rows] if chosen is None else hidden[chosen[rows]]
         chunk = buffer[: x.shape[0]]
         grad = (chunk.view(torch.float16) if in_half else chunk)[:, :vocab] if any(needs) else None
         logits = chunk[:, :vocab]
@@ -167,9 +183,9 @@ def run_chunks(
         if grad is None:
             continue
         # What of the result is not written yet, or what was gathered for this chunk, is room for a copy of x.
-        own = grad_hidden[rows] if needs.hidden and kept is None else None
+        own = grad_hidden[rows] if needs.hidden and chosen is None else None
         if isinstance(grad_weight, HalfSum):
-            grad_weight.add(grad, x, own if kept is None else x)
+            grad_weight.add(grad, x, own if chosen is None else x)
             grad = grad_weight.restored(chunk)[:, :vocab]
         elif grad_weight is not None:
             grad_weight.add(grad, x)
@@ -177,13 +193,15 @@ def run_chunks(
             grad_bias += grad.sum(0, dtype=compute)
         if own is not None:
             matmul_into(own, grad, weight)
-        elif needs.hidden and kept is not None:
+        elif needs.hidden and chosen is not None:
             own = x if x.dtype == grad_dtype else x.new_empty(x.shape, dtype=grad_dtype)
             matmul_into(own, grad, weight)
-            grad_hidden[kept[rows]] = own
+            grad_hidden[chosen[rows]] = own
 
-    if kept is not None:
-        losses = losses.map(lambda found: found.new_zeros(all_tokens).index_copy_(0, kept, found))
+    if kept is not None and chosen is not None:
+        losses = losses.map(lambda found: found.new_zeros(all_tokens).index_copy_(0, chosen, found))
+        if needs.hidden:
+            grad_hidden[kept.order[tokens:]] = 0
     grads = [grad_hidden, empty if grad_weight is None else grad_weight.total(), grad_bias]
     if late is not None:
         grads = [grad.mul_(late) for grad in grads]

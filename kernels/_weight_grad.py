@@ -52,19 +52,16 @@ def weight_grad(
     factors: Factors,
     class_weight: Tensor | None,
     logit_scale: float,
-    compute: torch.dtype,
+    sum_dtype: torch.dtype,
     grad_dtype: torch.dtype,
-    chunks: int,
 ) -> WideSum | HalfSum:
-    """Choose how to sum: in the result's dtype where there is nothing to add, in fp16 for bf16 on a GPU, else wide."""
-    if chunks <= 1:
-        return WideSum(weight, grad_dtype)
-    if not sums_in_half(weight, grad_dtype):
-        return WideSum(weight, compute)
+    """Choose how to sum: in `sum_dtype`, that of the result if there is one chunk, or in fp16 for bf16 on a GPU."""
+    if sum_dtype == grad_dtype or not sums_in_half(weight, grad_dtype):
+        return WideSum(weight, sum_dtype)
     classes = weight.shape[0] if class_weight is None else class_weight.abs().sum()
     bounds = zip(factors, (1, classes, 1, 2 * LARGEST_LSE), strict=True)
     top = torch.stack([factor.abs().amax() * bound for factor, bound in bounds if factor is not None]).sum()
-    return HalfSum(weight, hidden, top * abs(logit_scale), factors.given()[0].numel())
+    return HalfSum(weight, hidden, top * abs(logit_scale))
 
 
 def sums_in_half(weight: Tensor, grad_dtype: torch.dtype) -> bool:
@@ -96,16 +93,15 @@ class HalfSum:
         weight: (V, H).
         hidden: (N, H), all that will be added, or more.
         top: 0-d, bound of the gradient of a logit.
-        tokens: how many are going to be added.
     """
 
-    def __init__(self, weight: Tensor, hidden: Tensor, top: Tensor, tokens: int) -> None:
+    def __init__(self, weight: Tensor, hidden: Tensor, top: Tensor) -> None:
         self.sum = torch.empty_like(weight, dtype=torch.float16)
         self.started = False
         # Powers of two cost no bits.
         self.from_grad = GRAD_TOP / _power_of_two(top)
         self.from_x = FEATURE_TOP / _power_of_two(torch.linalg.vector_norm(hidden, float("inf"), dim=0).float())
-        self.alpha = SUM_TOP / (GRAD_TOP * FEATURE_TOP * 2.0 ** (tokens - 1).bit_length())
+        self.alpha = SUM_TOP / (GRAD_TOP * FEATURE_TOP * 2.0 ** (hidden.shape[0] - 1).bit_length())
         self.to_sum = 1.0 / (self.alpha * self.from_grad * self.from_x)
 
     def scaled(self, factor: Tensor) -> Tensor:
@@ -131,6 +127,8 @@ class HalfSum:
 
     def total(self) -> Tensor:
         """Return the sum in bf16, (V, H), in the memory of the fp16 one."""
+        if not self.started:
+            self.sum.zero_()
         return convert_(self.sum, torch.bfloat16, self.to_sum)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from graphfuse.match import IDENTITIES
+from graphfuse.match import IDENTITIES, scalar
 from graphfuse.shadow import Value
 
 aten = torch.ops.aten
@@ -142,6 +142,12 @@ class Trail:
 def size(value: Value) -> int:
     """The number of elements."""
     return math.prod(value.shape)
+
+
+def constant(item: Any) -> float | None:
+    """A number that does not change with the sizes of a batch; a symbolic float becomes one when it is rewritten."""
+    made_of = [item, *item.args] if isinstance(item, Value) else [item]
+    return None if any(isinstance(part, torch.SymInt) for part in made_of) else scalar(item)
 
 
 def origin(value: Value) -> Value:

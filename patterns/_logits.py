@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from graphfuse.match import CASTS, IDENTITIES, argument, scalar
+from graphfuse.match import CASTS, IDENTITIES, argument
 from graphfuse.patterns._head import (
     ADD,
     DIV,
@@ -25,6 +26,7 @@ from graphfuse.patterns._head import (
     Term,
     Tokens,
     Trail,
+    constant,
     keeps_order,
     origin,
     permutation,
@@ -32,7 +34,7 @@ from graphfuse.patterns._head import (
     size,
 )
 from graphfuse.patterns._token_numbers import JOIN, is_apart, joined, of_tokens, picked
-from graphfuse.shadow import Shadow, Value, hint
+from graphfuse.shadow import Shadow, Value
 
 aten = torch.ops.aten
 
@@ -130,29 +132,46 @@ class _Row:
         dim = argument(self.value, 1, "dim", 0) % len(shape)
         if argument(self.value, 4, "step", 1) != 1:
             return None
-        start, end = hint(argument(self.value, 2, "start")), hint(argument(self.value, 3, "end"))
-        start, stop, _ = slice(start, end).indices(shape[dim])
-        end = stop - shape[dim] if stop < shape[dim] else None  # from the end, so that it holds at any size
-        if start == 0 and end is None:
-            return rows
+        bounds = self._bounds(dim)
+        if bounds is None or bounds == (0, None):
+            return None if bounds is None else rows
+        start, end = bounds
         if dim != rows.dim:
             return self._choose(rows, ("slice", self._after(dim), start, end))
         if rows.kind != "logits" or rows.source.classes is not None:
             return None
         return replace(rows, source=replace(rows.source, classes=(start, end)))
 
+    def _bounds(self, dim: int) -> tuple[int, int | None] | None:
+        """Start of a slice, and its end counted from the end; `None` where they would not hold at another size."""
+        start, end = argument(self.value, 2, "start") or 0, argument(self.value, 3, "end")
+        length = self.operand.tensor.shape[dim]
+        if isinstance(start, torch.SymInt) or (start < 0 and isinstance(length, torch.SymInt)):
+            return None
+        left_out = 0 if end in (None, sys.maxsize) else length - end
+        if isinstance(end, int) and end < 0:
+            left_out = -end
+        if isinstance(left_out, torch.SymInt):
+            if not left_out.node.expr.is_number:
+                return None
+            left_out = int(left_out.node.expr)
+        start = max(start + int(length), 0) if start < 0 else start
+        return start, -left_out if left_out > 0 else None
+
     def _selected(self) -> Rows | None:
         rows, shape = self.rows, self.operand.shape
         dim = argument(self.value, 1, "dim", 0) % len(shape)
         if dim == rows.dim:
             return None
-        index = self.value.output if self.op is aten.unbind.int else self.args[2] % shape[dim]
+        index = self.value.output if self.op is aten.unbind.int else self.args[2]
+        if not isinstance(index, int):
+            return None
         chosen = replace(rows, dim=rows.dim - (dim < rows.dim))
         lead = self._lead()
         if dim == 0 and rows.source.lane is None and rows.lead in (None, lead):
             # A loop over the first dimension, until it turns out that it is not.
-            return replace(chosen, source=replace(rows.source, lane=Lane(self.operand, lead, index)))
-        index = index - shape[dim] if index > shape[dim] // 2 else index  # from the nearer end
+            lane = Lane(self.operand, lead, index % shape[dim])
+            return replace(chosen, source=replace(rows.source, lane=lane))
         return self._choose(chosen, ("select", self._after(dim), index))
 
     def _lead(self) -> tuple[int, ...]:
@@ -184,7 +203,7 @@ class _Row:
         if op in NEG:
             return self._scaled(-1.0)
         other = self.args[1] if self.args[0] is self.operand else self.args[0]
-        factor = scalar(other)
+        factor = constant(other)
         if op in MUL and factor:
             return self._scaled(factor)
         if op in MUL and isinstance(other, Value):

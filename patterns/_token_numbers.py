@@ -22,6 +22,7 @@ from graphfuse.patterns._head import (
     Term,
     Tokens,
     Trail,
+    constant,
     origin,
     size,
 )
@@ -48,7 +49,7 @@ def of_tokens(tokens: Tokens, operand: Value, value: Value, trail: Trail, shadow
         other = value.args[0] if value.args[1] is operand else value.args[1]
         if other is operand:
             return _squared(tokens) if op in MUL else None
-        if (number := scalar(other)) is not None:
+        if (number := constant(other)) is not None:
             return tokens.times(number if op in MUL else 1.0 / number) if number else None
         if op in DIV and value.args[0] is not operand:
             return None

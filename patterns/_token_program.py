@@ -71,15 +71,18 @@ class Inputs:
         source = origin(value)
         if source in self.labels and source in self.shadow.node_of:
             return ("input", self.add(source))
-        if self._reachable(value) and not self._is_of_labels(value):
+        options = {name: option for name, option in value.kwargs.items() if option is not None}
+        # A mask's cast is made again: as a float, its last size would be taken for one of features.
+        is_cast = value.op is aten._to_copy.default and [*options] == ["dtype"]
+        is_mask = is_cast and not value.args[0].dtype.is_floating_point
+        if self._reachable(value) and not self._is_of_labels(value) and not is_mask:
             return ("input" if value.shape else "number", self.add(value))
         if source is not value:
             return self.expression(source)
-        if value.op not in EXPRESSIBLE:
+        if value.op not in EXPRESSIBLE or (options and not is_cast):
             raise NotExpressible(f"{value.node.name}: expected weights that nodes of the graph return, got {value.op}")
         arguments = tuple(self.expression(a) if isinstance(a, Value) else a for a in value.args)
-        dtype = value.kwargs.get("dtype")
-        return (PLAIN.get(value.op, value.op), arguments, {} if dtype is None else {"dtype": dtype})
+        return (PLAIN.get(value.op, value.op), arguments, options)
 
     def _reachable(self, value: Value) -> bool:
         while value.op in CASTS | IDENTITIES and value not in self.shadow.node_of:

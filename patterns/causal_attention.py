@@ -105,6 +105,7 @@ def _match(value: Value, mask: Value) -> Match:
         variant=f"mask of {mask.shape[-1]} positions dropped, {'grouped, ' if is_grouped else ''}{short(query.dtype)}",
         covers=COVERS,
         samplers={3: _triangle},
+        above_views=False,
     )
 
 

@@ -2,10 +2,11 @@
 
     act(gate) * up   ->   graphfuse::glu(gate, up, activation, ...)
 
-Anchor: a product of two values of equal shape, each a function of one variable, where the variables are outputs of
-matrix products (or inputs of the graph). The functions are identified by evaluating them: whatever is spelled
-`x * sigmoid(x)` or `x / (1 + exp(-x))` is SiLU. Clamps on either side, a slope in the sigmoid and an offset on `up`
-are parameters. Gate and up may be halves of one packed projection, or its even and odd columns; the op reads strides.
+Anchor: a product that is a function of two variables, element by element, where the variables are outputs of matrix
+products (or inputs of the graph). The function is identified by evaluating it: whatever is spelled `x * sigmoid(x)` or
+`x / (1 + exp(-x))` is SiLU, in whatever order the factors come. Clamps on either side, a slope in the sigmoid and an
+offset on `up` are parameters. Gate and up may be halves of one packed projection, or its even and odd columns; the op
+reads strides.
 
 Paper: Shazeer 2020, https://arxiv.org/abs/2002.05202
 Left alone: gates on what no matrix product made (attention outputs, state-space scans): not an MLP.
@@ -20,40 +21,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint
+from graphfuse.kernels._glu_kernel import GluOptions
 from graphfuse.kernels.glu import glu_reference
-from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, number, short
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, argument, narrows, number, short
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
 
-PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor}
-POINTWISE = CASTS | {
-    getattr(aten, name + suffix).default
-    for name in ("silu", "gelu", "sigmoid", "tanh", "relu", "exp", "neg", "square", "reciprocal", "erf")
-    for suffix in ("", "_")
-    if hasattr(getattr(aten, name + suffix, None), "default")
-}
-POINTWISE |= {
-    getattr(getattr(aten, name + suffix), overload)
-    for name in ("mul", "add", "sub", "div")
-    for suffix in ("", "_")
-    for overload in ("Tensor", "Scalar")
-}
-POINTWISE |= {
-    aten.pow.Tensor_Scalar,
-    aten.rsub.Scalar,
-    aten.clamp.default,
-    aten.clamp_.default,
-    aten.clamp_min.default,
-    aten.clamp_min_.default,
-    aten.clamp_max.default,
-    aten.clamp_max_.default,
-    aten.hardtanh.default,
-    aten.log_sigmoid_forward.default,
-    aten.threshold.default,
-}
+ANCHORS = {aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor}
+ANCHORS |= {aten.addcmul.default, aten.addcmul_.default}
+# Functions of one element at a time that torch does not tag as such.
+POINTWISE = CASTS | {aten.log_sigmoid_forward.default, aten.hardswish.default, aten.special_ndtr.default}
+POINTWISE |= {aten.detach.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 MATMULS = {
     aten.mm.default,
     aten.addmm.default,
@@ -70,197 +52,197 @@ THROUGH |= {aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.index.Tensor
 THROUGH |= {aten.relu.default, aten.mean.dim, aten.std.correction, aten.var.correction, aten.sqrt.default}
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "swish")
-GRID = torch.linspace(-40.0, 40.0, 321, dtype=torch.float64)
+GATES = torch.linspace(-40.0, 40.0, 321, dtype=torch.float64)
+UPS = torch.linspace(-21.0, 20.0, 42, dtype=torch.float64)
+STEPS = 24  # operations of an activation and what is done to `up`
+REACH = 48  # operations between a projection and its use
 
-Gate = tuple[str, float, float]  # activation, alpha, gate_max
-Up = tuple[float, float]  # up_limit, up_offset
+UNKNOWN = GluOptions("", 1.0, math.inf, math.inf, 0.0)
 
-_gates: dict[Any, Gate | None] = {}
-_ups: dict[Any, Up | None] = {}
+_identified: dict[Any, GluOptions | None] = {}
 
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every gated activation of the shadow."""
-    for value in shadow.values:
-        if value.op not in PRODUCTS or len(value.args) != 2:
+    sites: list[Match | Refusal] = []
+    inside: set[Value] = set()
+    for value in reversed(shadow.values):  # a product may be part of a longer one
+        if value in inside:
             continue
-        left, right = value.args
-        if not (isinstance(left, Value) and isinstance(right, Value)) or left.shape != right.shape:
-            continue
-        if value.tensor.dim() == 0 or value.dtype.is_complex:
-            continue
-        found = _match(value, shadow)
-        if found is not None:
-            yield found
+        site = _packed(value, shadow) if value.op is aten.glu.default else _match(value, shadow)
+        if isinstance(site, Match):
+            inside.update(shadow.cone(site.outputs, site.inputs))
+        if site is not None:
+            sites.append(site)
+    yield from reversed(sites)
 
 
 def _match(value: Value, shadow: Shadow) -> Match | Refusal | None:
+    if value.op not in ANCHORS or value.tensor.dim() == 0 or not value.dtype.is_floating_point:
+        return None
     unknown = False
-    if _variables(value.args[0])[0] is _variables(value.args[1])[0]:
-        return None  # one variable: an activation written out, not a gate
-    for gate_side, up_side in (value.args, value.args[::-1]):
-        for gate in _variables(gate_side):
-            for up in _variables(up_side):
-                if gate is up or gate is gate_side or gate.shape != value.shape or up.shape != value.shape:
-                    continue
-                if not (_is_projection(gate) and _is_projection(up)):
-                    continue
-                up_form = _identify_up(up_side, up, shadow)
-                if up_form is None:
-                    continue
-                gate_form = _identify_gate(gate_side, gate, shadow)
-                if gate_form is not None:
-                    return _build(value, gate, up, gate_form, up_form, shadow)
-                unknown = unknown or _is_bent(gate_side, gate, shadow)
+    for cut in _cuts(value):
+        for gate, up in (cut, cut[::-1]):
+            options = _identify(value, gate, up, shadow)
+            if options is not None and options is not UNKNOWN:
+                return _build(value, gate, up, options, shadow)
+            unknown = unknown or options is UNKNOWN
     if unknown:
         expected = ", ".join(ACTIVATIONS)
         return Refusal("glu", value, f"activation: expected one of {expected}, got another function", {"glu": 1})
     return None
 
 
-def _variables(value: Value) -> list[Value]:
-    """The values of which `value` is a pointwise function, deepest first, itself included."""
-    points: list[Value] = []
-    frontier = {value}
-    for _ in range(24):
-        if len(frontier) == 1:
-            (only,) = frontier
-            points.append(only)
-        latest = max(frontier, key=lambda v: v.index)
-        operands = list(latest.operands())
-        if latest.op not in POINTWISE or not operands or any(o.tensor.dim() == 0 for o in operands):
+def _cuts(value: Value) -> list[tuple[Value, Value]]:
+    """The pairs of projections of which `value` is a pointwise function, farthest first."""
+    cuts: list[tuple[Value, Value]] = []
+    frontier: set[Value] = {value}
+    rounded: set[Value] = set()
+    for _ in range(STEPS):
+        # A value that is rounded before anything else happens to it is not the variable: its rounding is.
+        if len(frontier) == 2 and not frontier & rounded and all(_may_be_variable(v) for v in frontier):
+            first, second = sorted(frontier, key=lambda v: v.index)
+            cuts.append((first, second))
+        opened = {v: _operands(v) for v in frontier if _is_pointwise(v)}
+        opened = {v: operands for v, operands in opened.items() if all(o.shape == value.shape for o in operands)}
+        if not opened:
             break
+        latest = max(opened, key=lambda v: (not _is_projection(v), v.index))
+        if narrows(latest):
+            rounded.add(latest.args[0])
         frontier.remove(latest)
-        frontier.update(operands)
-    # A value that is rounded before anything else happens to it is not the variable: its rounding is.
-    rounded = {id(point.args[0]) for point in points if narrows(point)}
-    return [point for point in points[::-1] if id(point) not in rounded]
+        frontier.update(opened[latest])
+        if len(frontier) == 1 and latest is not value:
+            return []  # one variable: an activation written out, not a gate
+    return cuts[::-1]
 
 
-def _is_projection(value: Value, depth: int = 12) -> bool:
+def _may_be_variable(value: Value) -> bool:
+    return value.dtype.is_floating_point and _is_projection(value)
+
+
+def _operands(value: Value) -> list[Value]:
+    """Its operands, without constants made from Python numbers."""
+    return [o for o in value.operands() if o.tensor.dim() > 0 or o.op is LEAF or any(o.operands())]
+
+
+def _is_pointwise(value: Value) -> bool:
+    return value.op is not LEAF and (value.op in POINTWISE or torch.Tag.pointwise in value.op.tags)
+
+
+def _is_projection(value: Value) -> bool:
     """Whether a matrix product made the value (views, sums, scales and casts aside), or the graph was given it."""
-    if depth == 0:
-        return False
+    seen: set[Value] = set()
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current in seen or _makes_projection(current):
+            continue
+        seen.add(current)
+        operands = [o for o in current.operands() if o.tensor.dim() > 0]
+        if current.op is aten.index.Tensor:
+            operands = operands[:1]
+        if current.op not in THROUGH or not operands or len(seen) > REACH:
+            return False
+        stack.extend([o for o in operands if o.tensor.dim() >= 2] or operands)
+    return True
+
+
+def _makes_projection(value: Value) -> bool:
     if value.op is LEAF or value.op in MATMULS or value.op.namespace not in ("aten", "prims"):
         return True
-    if "grouped_mm" in value.op.name():
-        return True
-    if value.op not in THROUGH:
-        return False
-    operands = [o for o in value.operands() if o.tensor.dim() > 0]
-    wide = [o for o in operands if o.tensor.dim() >= 2] or operands
-    if value.op is aten.index.Tensor:
-        wide = wide[:1]
-    return bool(wide) and all(_is_projection(o, depth - 1) for o in wide)
+    return "grouped_mm" in value.op.name()
 
 
-def _evaluated(output: Value, variable: Value, shadow: Shadow) -> Tensor | None:
-    """The function on the grid."""
-    region = shadow.cone([output], [variable])
+def _identify(value: Value, gate: Value, up: Value, shadow: Shadow) -> GluOptions | None:
+    """What `value` is as a function of both; `UNKNOWN` if only the activation is not known, or else `None`."""
+    region = shadow.cone([value], [gate, up])
+    key = fingerprint(region, [gate, up])
+    if key not in _identified:
+        _identified[key] = _search(value, gate, up, region)
+    return _identified[key]
+
+
+def _search(value: Value, gate: Value, up: Value, region: list[Value]) -> GluOptions | None:
+    everywhere = {gate: GATES[:, None].expand(-1, len(UPS)), up: UPS.expand(len(GATES), -1)}
     try:
-        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
-            device = torch.device("cpu")
-            return evaluate(region, {variable: GRID}, exact=True, device=device, sizes={})[output]
+        with _disable_current_modes(), torch.no_grad():
+            found = evaluate(region, everywhere, exact=True, device=torch.device("cpu"), sizes={})[value]
     except CannotEvaluate:
         return None
-
-
-def _constants(output: Value, variable: Value, shadow: Shadow) -> set[float]:
-    """The numbers that occur in the function."""
-    found: set[float] = set()
-    for value in shadow.cone([output], [variable]):
-        for arg in (*value.args[1:], *value.kwargs.values()):
-            k = number(arg)
-            if k is not None and math.isfinite(k):
-                found.add(abs(k))
-    return found
-
-
-def _identify_gate(side: Value, variable: Value, shadow: Shadow) -> Gate | None:
-    key = fingerprint(shadow.cone([side], [variable]), [variable])
-    if key not in _gates:
-        _gates[key] = _search_gate(side, variable, shadow)
-    return _gates[key]
-
-
-def _search_gate(side: Value, variable: Value, shadow: Shadow) -> Gate | None:
-    expected = _evaluated(side, variable, shadow)
-    if expected is None:
-        return None
-    constants = _constants(side, variable, shadow)
-    limits = [math.inf, *sorted(constants)]
-    one = torch.ones_like(GRID)
-    for gate_max, activation in itertools.product(limits, ACTIVATIONS):
-        for alpha in [1.0] if activation != "swish" else sorted(constants):
-            ours = glu_reference(GRID, one, activation, alpha, gate_max, math.inf, 0.0, torch.float64)
-            if torch.allclose(ours, expected, rtol=1e-9, atol=1e-12):
-                return activation, alpha, gate_max
+    constants = _constants(region)
+    limits = [math.inf, *constants]
+    for up_limit, up_offset in itertools.product(limits, [0.0, 1.0, *constants, *(-c for c in constants)]):
+        factor = UPS.clamp(-up_limit, up_limit) + up_offset
+        curve = found @ factor / (factor @ factor)
+        if not _equal(curve[:, None] * factor, found):
+            continue
+        for gate_max, activation in itertools.product(limits, ACTIVATIONS):
+            for alpha in [1.0] if activation != "swish" else constants:
+                options = GluOptions(activation, alpha, gate_max, math.inf, 0.0)
+                if _equal(glu_reference(GATES, torch.ones_like(GATES), *options, torch.float64), curve):
+                    return options._replace(up_limit=up_limit, up_offset=up_offset)
+        is_bent = bool(curve.diff().diff().abs().amax() > 1e-9 * curve.abs().amax())
+        return UNKNOWN if is_bent else None
     return None
 
 
-def _identify_up(side: Value, variable: Value, shadow: Shadow) -> Up | None:
-    if side is variable:
-        return math.inf, 0.0
-    key = fingerprint(shadow.cone([side], [variable]), [variable])
-    if key not in _ups:
-        _ups[key] = _search_up(side, variable, shadow)
-    return _ups[key]
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-def _search_up(side: Value, variable: Value, shadow: Shadow) -> Up | None:
-    expected = _evaluated(side, variable, shadow)
-    if expected is None:
-        return None
-    constants = _constants(side, variable, shadow)
-    for limit, offset in itertools.product([math.inf, *sorted(constants)], [0.0, *constants, *(-c for c in constants)]):
-        if torch.allclose(GRID.clamp(-limit, limit) + offset, expected, rtol=1e-9, atol=1e-12):
-            return limit, offset
-    return None
+def _constants(region: list[Value]) -> list[float]:
+    """The sizes of the numbers that occur in the function."""
+    numbers = (number(arg) for value in region for arg in (*value.args, *value.kwargs.values()))
+    return sorted({abs(k) for k in numbers if k is not None and math.isfinite(k)})
 
 
-def _is_bent(side: Value, variable: Value, shadow: Shadow) -> bool:
-    """Whether the function is more than an affine one: a gate that we do not know."""
-    expected = _evaluated(side, variable, shadow)
-    if expected is None or not bool(expected.isfinite().all()):
-        return expected is not None
-    return bool(expected.diff().diff().abs().amax() > 1e-9 * expected.abs().amax())
-
-
-def _build(value: Value, gate: Value, up: Value, gate_form: Gate, up_form: Up, shadow: Shadow) -> Match:
-    activation, alpha, gate_max = gate_form
-    up_limit, up_offset = up_form
-    output = value
-    user = shadow.sole_user(value)
-    if user is not None and narrows(user) and user in shadow.node_of:
-        output = user
-    words = [f"{activation}({alpha:g})" if activation == "swish" else activation]
-    if gate_max < math.inf or up_limit < math.inf:
+def _build(value: Value, gate: Value, up: Value, options: GluOptions, shadow: Shadow) -> Match:
+    words = [f"swish({options.alpha:g})" if options.activation == "swish" else options.activation]
+    if options.gate_max < math.inf or options.up_limit < math.inf:
         words.append("clamped")
-    if up_offset:
-        words.append(f"up {up_offset:+g}")
+    if options.up_offset:
+        words.append(f"up {options.up_offset:+g}")
     if (packed := _packing(gate, up)) is not None:
         words.append(packed)
+    output = _rounded(value, shadow)
     return Match(
         pattern="glu",
         outputs=(output,),
         inputs=(gate, up),
         replacement=replacement,
-        params={
-            "activation": activation,
-            "alpha": alpha,
-            "gate_max": gate_max,
-            "up_limit": up_limit,
-            "up_offset": up_offset,
-            "out_dtype": output.dtype,
-        },
+        params={**options._asdict(), "out_dtype": output.dtype},
         variant=", ".join([*words, short(gate.dtype)]),
         covers={"glu": 1},
     )
 
 
+def _packed(value: Value, shadow: Shadow) -> Match | None:
+    """torch's own `glu`: `up` and gate are the halves of one tensor, and the graph has a name for neither."""
+    packed = value.args[0]
+    if not _is_projection(packed):
+        return None
+    output = _rounded(value, shadow)
+    return Match(
+        pattern="glu",
+        outputs=(output,),
+        inputs=(packed,),
+        replacement=packed_replacement,
+        params={"dim": argument(value, 1, "dim", -1), **GluOptions("sigmoid")._asdict(), "out_dtype": output.dtype},
+        variant=f"sigmoid, packed, {short(packed.dtype)}",
+        covers={"glu": 1},
+    )
+
+
+def _rounded(value: Value, shadow: Shadow) -> Value:
+    """The value after the rounding that follows, if one does."""
+    user = shadow.sole_user(value)
+    return user if user is not None and narrows(user) and user in shadow.node_of else value
+
+
 def _packing(gate: Value, up: Value) -> str | None:
     """How gate and up lie in one packed projection, if they do."""
-    if not gate.args or gate.args[0] is not (up.args[0] if up.args else None):
+    if gate.op not in INDEXING or up.op not in INDEXING or gate.args[0] is not up.args[0]:
         return None
     return "interleaved" if gate.tensor.stride(-1) == 2 else "packed"
 
@@ -281,6 +263,12 @@ def replacement(
         gate, up, activation, alpha, gate_max, up_limit, up_offset, out_dtype
     )
     return result
+
+
+def packed_replacement(packed: Tensor, *, dim: int, **params: Any) -> Tensor:
+    """The same where `up` and gate are halves of one tensor."""
+    halves = packed.chunk(2, dim)
+    return replacement(halves[1], halves[0], **params)
 
 
 PATTERN = Pattern("glu", find)

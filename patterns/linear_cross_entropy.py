@@ -198,8 +198,8 @@ def _without_lane(source: Source) -> Source:
     """One row of what might have been a loop is one row."""
     if source.lane is None:
         return source
-    lead, index = source.lane.lead, source.lane.index
-    choice = ("select", len(lead) - 1, index - lead[0] if index > lead[0] // 2 else index)
+    lead = source.lane.lead
+    choice = ("select", len(lead) - 1, source.lane.index)
     lead = lead if source.lead is None else source.lead
     return replace(source, lane=None, choices=(*source.choices, choice), lead=lead)
 

@@ -15,7 +15,7 @@ Left alone: tables that take a gradient.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ GROWTH = 6  # steps outward from the sum: a join, a flatten, a cast, a join with
 FEW = 16  # operations that make a sign or an index
 
 Convention = tuple[str, str, str, bool, int, bool]  # layout, out_layout, table, reverse, start, tables swapped
+Products = Mapping[Value, tuple[Value, Value]]  # product -> its factors
 
 _identified: dict[Any, Convention | None] = {}
 
@@ -137,7 +138,7 @@ def _match(output: Value, shadow: Shadow) -> Match | Refusal | None:
         return None
     for data_root in _common_roots(products):
         for tables in _tables(products, data_root, shadow):
-            x = _source(output, tables, len(products), shadow)
+            x = _source(output, products, tables, shadow)
             if x is None or x in tables:
                 continue
             for source in _reordered(x):
@@ -162,9 +163,9 @@ def _reordered(x: Value) -> list[Value]:
     return found[::-1]
 
 
-def _products_under(output: Value) -> list[Value]:
+def _products_under(output: Value) -> Products:
     """The products that the output is made of, by sums and rearrangements only."""
-    products: list[Value] = []
+    products: dict[Value, tuple[Value, Value]] = {}
     seen: set[Value] = set()
     stack = [output]
     while stack:
@@ -172,12 +173,12 @@ def _products_under(output: Value) -> list[Value]:
         if value in seen:
             continue
         seen.add(value)
-        if _factors(value) is not None:
-            products.append(value)
+        if (factors := _factors(value)) is not None:
+            products[value] = factors
         stack.extend(_terms(value))
         if len(seen) > 64:
-            return []
-    return sorted(products, key=lambda value: value.index)
+            return {}
+    return dict(sorted(products.items(), key=lambda item: item[0].index))
 
 
 def _terms(value: Value) -> list[Value]:
@@ -189,28 +190,24 @@ def _terms(value: Value) -> list[Value]:
 
 def _root(value: Value) -> Value:
     """The value of which this one is a rearrangement."""
-    while below := _moved(value):
-        roots = {below[0]} if len(below) == 1 else {_root(operand) for operand in below}
+    while below := set(_moved(value)):
+        roots = below if len(below) == 1 else {_root(operand) for operand in below}
         if len(roots) > 1:
             return value
         value = roots.pop()
     return value
 
 
-def _common_roots(products: Iterable[Value]) -> list[Value]:
+def _common_roots(products: Products) -> list[Value]:
     """Values of which every product has one factor a rearrangement, the latest first."""
-    shared: set[Value] | None = None
-    for product in products:
-        here = {_root(factor) for factor in _factors(product) or ()}
-        shared = here if shared is None else shared & here
-    return sorted(shared or (), key=lambda value: -value.index)
+    shared = set.intersection(*({_root(factor) for factor in factors} for factors in products.values()))
+    return sorted(shared, key=lambda value: -value.index)
 
 
-def _tables(products: Iterable[Value], data_root: Value, shadow: Shadow) -> Iterator[tuple[Value, ...]]:
+def _tables(products: Products, data_root: Value, shadow: Shadow) -> Iterator[tuple[Value, ...]]:
     """What the products may have for tables: one complex, or two real ones; those nearest to the products first."""
     factors: list[Value] = []
-    for product in products:
-        left, right = _factors(product) or ()
+    for left, right in products.values():
         ours = [_root(left) is data_root, _root(right) is data_root]
         if ours == [True, True]:  # data and tables out of one tensor: the table is what was sliced off earlier
             table = min(left, right, key=lambda v: v.tensor.dim())
@@ -256,23 +253,19 @@ def _opens(table: Value) -> bool:
     return bool(_moved(table)) and not narrows(table)
 
 
-def _source(output: Value, tables: tuple[Value, ...], products: int, shadow: Shadow) -> Value | None:
+def _source(output: Value, products: Products, tables: tuple[Value, ...], shadow: Shadow) -> Value | None:
     """The value nearest to the output, and of its shape, that all of it comes from, tables aside."""
-    frontier, opened = {output}, 0
+    frontier, closed = {output}, set(products)
     while True:
         value = max(frontier, key=lambda v: v.index)
-        if len(frontier) == 1 and opened == products and value.shape == output.shape and not value.dtype.is_complex:
-            if _has_node(value, shadow):
-                return unrounded(value)
+        fits = value.shape == output.shape and not value.dtype.is_complex and _has_node(value, shadow)
+        if len(frontier) == 1 and not closed and fits:
+            return unrounded(value)
         frontier.remove(value)
-        below = _terms(value)
-        if (factors := _factors(value)) is not None:
-            opened += 1
-            data = [factor for factor in factors if not _derives(factor, tables)]
-            if len(data) != 1:
-                return None
-            below = [*below, *data]
-        if not below:
+        closed.discard(value)
+        data = [factor for factor in products.get(value, ()) if not _derives(factor, tables)]
+        below = [*_terms(value), *data]
+        if not below or len(data) != (value in products):
             return None
         frontier.update(below)
 

@@ -58,7 +58,7 @@ def test_sum_in_bf16_would_not_be(device):
     top = torch.cat([grad for grad, _ in chunks]).abs().max().float()
     errors = {}
     for name, total in {
-        "half": HalfSum(weight, hidden, top, len(hidden)),
+        "half": HalfSum(weight, hidden, top),
         "wide": WideSum(weight, torch.float32),
         "bf16": WideSum(weight, torch.bfloat16),
     }.items():

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphfuse.kernels import _head_ops
 from graphfuse.kernels._softmax_grad import Factors
-from graphfuse.kernels._token_chunks import chunk_tokens, kept_tokens
+from graphfuse.kernels._token_chunks import GPU_WORTH_A_WAIT, Kept, chunk_tokens, keeps
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
 
 TOKENS, FEATURES, VOCAB, CHUNK = 19, 24, 77, 8
@@ -129,14 +129,21 @@ def test_log_probs_without_upstream_gradient_cost_nothing_in_backward(device):
     assert sum(watch.rows) == int(chosen.sum()) if device == "cpu" else TOKENS
 
 
-def test_keeps_the_order_of_the_tokens_it_leaves_out(device):
+def test_keeps_the_order_of_the_tokens(device):
     factors = Factors(
         torch.tensor([0.0, 2.0, 0.0, 0.0, 1.0], device=device), None, None, torch.eye(5, device=device)[2]
     )
-    assert kept_tokens(factors, 0, compact=True).tolist() == [1, 2, 4]
-    assert kept_tokens(factors, 0, compact=False) is None
-    assert kept_tokens(factors.map(torch.ones_like), 0, compact=True) is None
-    assert kept_tokens(Factors(), 0, compact=True) is None
+    kept = Kept(factors)
+    assert (kept.order.tolist(), kept.count()) == ([1, 2, 4, 0, 3], 3)
+
+
+def test_compacts_where_it_pays(device):
+    factors = Factors(torch.ones(5, device=device))
+    assert not keeps(Factors(), GPU_WORTH_A_WAIT, compact=True)
+    assert not keeps(factors, GPU_WORTH_A_WAIT, compact=False)
+    assert keeps(factors, 0, compact=True)
+    assert keeps(factors, GPU_WORTH_A_WAIT, compact=None)
+    assert keeps(factors, GPU_WORTH_A_WAIT - 1, compact=None) is (device == "cpu")
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+PATTERNS = ("rms_norm", "layer_norm", "rope", "glu", "causal_attention", "linear_cross_entropy")
 # All that transformers 5.23 calls a rotation of queries and keys. It returns what it rotated.
 ROTATION = re.compile(r"_?apply_(rotary|multidimensional_rope)\w*")
 LOSSES = {functional.cross_entropy, functional.nll_loss}
@@ -32,8 +33,7 @@ def census(model: nn.Module, classes: Mapping[str, Sequence[str]]) -> Iterator[P
     """
     paths = path_of(model)
     pattern_of = {name: pattern for pattern, names in classes.items() for name in names}
-    patterns = ("rms_norm", "rope", "glu", "causal_attention", "linear_cross_entropy")
-    places: Places = {pattern: Counter() for pattern in patterns}
+    places: Places = {pattern: Counter() for pattern in PATTERNS}
 
     def called(module: nn.Module, *_: Any) -> None:
         pattern = pattern_of.get(type(module).__name__)

@@ -22,6 +22,7 @@ Result = dict[str, Any]
 REASONS = tomllib.loads(Path(__file__).with_name("reasons.toml").read_text(encoding="utf-8"))
 PATTERNS = {
     "rms_norm": "RMSNorm",
+    "layer_norm": "LayerNorm",
     "rope": "RoPE",
     "glu": "gated MLP",
     "causal_attention": "causal attention",
@@ -32,11 +33,14 @@ HEAD = """\
 # Coverage
 
 Every causal language model type of transformers, built tiny and with random weights from its own config class, does
-one training step in eager and one through graphfuse. Written by `make zoo` on {date}: {versions}, CPU, graphs compiled
-by `{inner}`. The reasons in this file come from [tests/zoo/reasons.toml](../tests/zoo/reasons.toml).
+one training step in eager and one through graphfuse.
 
-How many sites there are to find is counted without graphfuse, while the model runs in eager: calls of its classes that
-are RMSNorms or gated MLPs by name and code, tensors that its rotary functions return, and cross-entropies. A site
+Written by `make zoo` on {date}: {versions}, CPU, graphs compiled by "{inner}". Do not edit: the reasons come from
+[tests/zoo/reasons.toml](../tests/zoo/reasons.toml).
+
+How many sites there are to find is counted without graphfuse, while the model runs in eager: calls of the classes that
+are norms or gated MLPs ([tests/zoo/recipes.json](../tests/zoo/recipes.json) names them), tensors that rotary functions
+return, cross-entropies, and attention that is causal in eager but has a mask once it is compiled. A site
 counts as rewritten if an op of graphfuse ran in its module instead. Behind a graph break one compiled graph may serve
 many layers, and counts once for each.
 """
@@ -159,7 +163,7 @@ def document(zoo: Zoo) -> str:
             ["pattern", "rewritten", "there", "", "besides"],
             [_total_row(zoo, pattern) for pattern in PATTERNS],
         ),
-        "*Besides* are sites that no name announces: norms written out in an attention, gates outside an MLP.\n",
+        "*Besides* are rewritten sites that no name announces: norms written out in an attention, gates elsewhere.\n",
         "## Not rewritten\n",
         *(_section("refused", gap) for gap in zoo.refused),
         *(_section("not recognised", gap) for gap in zoo.unrecognised),

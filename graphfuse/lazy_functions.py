@@ -209,7 +209,12 @@ def _cast(tensor: Any, dtype: Any) -> Any:
     return tensor if dtype == tensor.dtype else _stepped(tensor, ("to", dtype))
 
 
-for _name, _dtype in {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}.items():
+for _name, _dtype in {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+}.items():
 
     def _to_this(tensor: Any, *, dtype: torch.dtype = _dtype, **kwargs: Any) -> Any:
         return NotImplemented if kwargs else _cast(tensor, dtype)
@@ -284,7 +289,12 @@ def _of_both(left: Any, right: LazyLogits) -> Any:
         return apply_steps(rows, ours) * apply_steps(rows, theirs)
 
     formula = Formula(
-        first.hidden, first.weight, first.bias, first.product_dtype, (("apply", product), ("to", first.dtype)), first.versions
+        first.hidden,
+        first.weight,
+        first.bias,
+        first.product_dtype,
+        (("apply", product), ("to", first.dtype)),
+        first.versions,
     )
     return lazy(Source(formula), _stand_in(left))
 

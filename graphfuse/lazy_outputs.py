@@ -91,7 +91,12 @@ def settle(outputs: Sequence[LazyOutput], shadow: Shadow, taken: set[Value]) -> 
         return False, kept.index(node)
 
     slots = [
-        Slot(o.position, tuple(place(v) for v in o.match.inputs), o.match.params["product_dtype"], o.match.params["steps"])
+        Slot(
+            o.position,
+            tuple(place(v) for v in o.match.inputs),
+            o.match.params["product_dtype"],
+            o.match.params["steps"],
+        )
         for o in sorted(chosen, key=lambda o: o.position)
     ]
     if chosen:
@@ -178,7 +183,9 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, Value] | None:
         return None
     hidden: Value | None = left
     while hidden is not None and hidden.shape[:-1] != output.shape[:-1]:
-        hidden = hidden.args[0] if hidden.op in VIEWS | IDENTITIES and hidden.args[0].shape[-1] == left.shape[-1] else None
+        hidden = (
+            hidden.args[0] if hidden.op in VIEWS | IDENTITIES and hidden.args[0].shape[-1] == left.shape[-1] else None
+        )
     inputs = [_at_node(v, shadow) for v in (hidden, right.args[0], bias) if v is not None or v is hidden]
     if any(v is None for v in inputs):
         return None

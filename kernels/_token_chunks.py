@@ -201,7 +201,7 @@ def run_chunks(
     if kept is not None and chosen is not None:
         losses = losses.map(lambda found: found.new_zeros(all_tokens).index_copy_(0, chosen, found))
         if needs.hidden:
-            grad_hidden[kept.order[tokens:]] = 0
+            grad_hidden.index_fill_(0, kept.order[tokens:], 0)
     grads = [grad_hidden, empty if grad_weight is None else grad_weight.total(), grad_bias]
     if late is not None:
         grads = [grad.mul_(late) for grad in grads]

@@ -81,9 +81,14 @@ def error(results, truth):
     return math.sqrt(sum(e * e for e in relative) / len(relative))
 
 
+def counts(report):
+    """What was rewritten; whether there is a mask to drop depends on the version of transformers."""
+    return {name: count for name, count in report.counts.items() if name != "causal_attention"}
+
+
 def layers(report):
     """What was rewritten besides the head."""
-    return {name: count for name, count in report.counts.items() if name not in (*HEAD, "lazy_logits")}
+    return {name: count for name, count in counts(report).items() if name not in (*HEAD, "lazy_logits")}
 
 
 @pytest.fixture
@@ -101,7 +106,7 @@ def test_trains_in_place_in_one_graph(name, optimize):
     assert_close(step(compiled), step(model))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     report = graphfuse.report(compiled)
-    assert report.counts == {**ARCHITECTURES[name][2], **HEAD, "lazy_logits": 1}, report
+    assert counts(report) == {**ARCHITECTURES[name][2], **HEAD, "lazy_logits": 1}, report
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda f: f.__name__)
@@ -123,7 +128,7 @@ def test_trains_under_autocast(name, optimize):
         eager = error(step(build(name)), truth)
         assert error(step(ours, compiled), truth) <= SLACK * eager
     report = graphfuse.report(compiled)
-    assert report.counts == {**ARCHITECTURES[name][2], **HEAD}, report
+    assert counts(report) == {**ARCHITECTURES[name][2], **HEAD}, report
 
 
 def test_trains_in_bfloat16(optimize):
@@ -132,7 +137,7 @@ def test_trains_in_bfloat16(optimize):
     compiled = optimize(loss_of(ours))
     eager = error(step(build("qwen3", torch.bfloat16)), truth)
     assert error(step(ours, compiled), truth) <= SLACK * eager
-    assert graphfuse.report(compiled).counts == {**ARCHITECTURES["qwen3"][2], **HEAD}
+    assert counts(graphfuse.report(compiled)) == {**ARCHITECTURES["qwen3"][2], **HEAD}
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
@@ -178,4 +183,4 @@ def test_accumulates_the_sum_over_counted_tokens(optimize):
 
     compiled = optimize(call(ours))
     assert_close(step(ours, compiled), step(model, call(model)))
-    assert graphfuse.report(compiled).counts == {**ARCHITECTURES["llama"][2], **HEAD}
+    assert counts(graphfuse.report(compiled)) == {**ARCHITECTURES["llama"][2], **HEAD}

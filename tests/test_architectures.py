@@ -60,6 +60,11 @@ def step(model, call, tokens):
     return loss.item(), {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def counts(report):
+    """What was rewritten; whether there is a mask to drop depends on the version of transformers."""
+    return {name: count for name, count in report.counts.items() if name != "causal_attention"}
+
+
 def loss_of(model):
     return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
@@ -75,7 +80,7 @@ def test_finds_everything_and_changes_nothing(name, tokens):
     expected, gradients = step(model, loss_of(model), tokens)
     compiled = graphfuse.optimize(loss_of(model), inner="aot_eager", fullgraph=True, strict=True)
     loss, ours = step(model, compiled, tokens)
-    assert graphfuse.report(compiled).counts == {**ARCHITECTURES[name][3], "linear_cross_entropy": 1}
+    assert counts(graphfuse.report(compiled)) == {**ARCHITECTURES[name][3], "linear_cross_entropy": 1}
     assert loss == pytest.approx(expected, rel=1e-5)
     largest = max(g.norm() for g in gradients.values())
     assert ours.keys() == gradients.keys()
@@ -91,7 +96,7 @@ def test_is_as_near_to_float64_as_eager_in_bfloat16(name, tokens):
     eager, eager_gradients = step(model, loss_of(model), tokens)
     compiled = graphfuse.optimize(loss_of(model), inner="aot_eager", fullgraph=True, strict=True)
     loss, gradients = step(model, compiled, tokens)
-    assert graphfuse.report(compiled).counts == {**ARCHITECTURES[name][3], "linear_cross_entropy": 1}
+    assert counts(graphfuse.report(compiled)) == {**ARCHITECTURES[name][3], "linear_cross_entropy": 1}
     assert abs(loss - truth) <= 1.1 * abs(eager - truth) + 1e-4 * truth
 
     def error(found):  # over all parameters
@@ -107,8 +112,8 @@ def test_leaves_logits_that_are_returned(tokens):
     outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
     torch.testing.assert_close(outputs.logits, expected.logits)
     report = graphfuse.report(model)
-    assert report.counts == ARCHITECTURES["llama"][3]
-    assert [site.reason for site in report.refused] == [
+    assert counts(report) == ARCHITECTURES["llama"][3]
+    assert [site.reason for site in report.refused if site.pattern == "linear_cross_entropy"] == [
         "logits: expected no use besides the loss, got an output of the graph"
     ]
     assert {site.module for site in report.rewritten if site.pattern == "glu"} == {
@@ -123,4 +128,4 @@ def test_keeps_the_sequence_dynamic():
     for length in (24, 31):
         tokens = torch.randint(3, 300, (2, length))
         assert compiled(tokens).item() == pytest.approx(loss_of(model)(tokens).item(), rel=1e-5)
-    assert graphfuse.report(compiled).counts == {**ARCHITECTURES["qwen3"][3], "linear_cross_entropy": 1}
+    assert counts(graphfuse.report(compiled)) == {**ARCHITECTURES["qwen3"][3], "linear_cross_entropy": 1}

@@ -287,7 +287,7 @@ def eps_of_each_row(x, weight, eps):
         (other_dimension, "dim: expected the last one, got [-2]"),
         (two_dimensions, "dim: expected the last one, got [-2, -1]"),
         (variance, None),
-        (other_tensor, None),
+        (other_tensor, "x: expected to meet its own inverse root mean square, got aten.add.Tensor in add"),
         (fourth_power, None),
         (cube_root, None),
         (multiplied_by_root, None),

@@ -154,7 +154,8 @@ def _nearest(start: str, relative: str, expected: Counter[str], found: Counter[s
     for length in range(len(parts), -1, -1):
         if (around := ".".join(parts[:length])) in expected:
             return around
-    left = expected - found
+    left = [path for path in expected - found if path.startswith(start)]
     inside = [path for path in left if path.rpartition(".")[0] == full]
-    below = [path for path in left if path.startswith(start) and path.endswith(f".{relative}")]
-    return next(iter(inside + below), full)
+    endings = ["." + relative.split(".", count)[-1] for count in range(relative.count(".") + 1)]
+    alike = [path for ending in endings for path in left if path.endswith(ending)]
+    return next(iter(inside + alike), full)

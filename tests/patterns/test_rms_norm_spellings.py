@@ -289,7 +289,7 @@ def test_rewrites(spelling, verify):
     assert report.refused == []
 
 
-@pytest.mark.parametrize("spelling", SPELLINGS, ids=named)
+@pytest.mark.parametrize("spelling", SPELLINGS[::3], ids=named)
 def test_rewrites_bfloat16_at_dynamic_shapes(spelling, verify):
     report = verify(spelling, problem(torch.bfloat16), dynamic=True)
     assert report.counts == {"rms_norm": 1}, report

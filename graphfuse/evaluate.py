@@ -154,7 +154,8 @@ def _drops_nothing(value: Value) -> bool:
     if "dropout_p" not in names:
         return False
     position = names.index("dropout_p")
-    return value.args[position] == 0 if len(value.args) > position else value.kwargs.get("dropout_p", 0) == 0
+    probability = value.args[position] if len(value.args) > position else value.kwargs.get("dropout_p", 0)
+    return bool(probability == 0)
 
 
 def _protect(op: Any, args: list[Any], kwargs: dict[str, Any]) -> None:

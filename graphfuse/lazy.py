@@ -38,7 +38,7 @@ Step = tuple[str, Any]  # ("mul" | "div", number), ("tanh", None), ("to", dtype)
 
 _HERE = {Path(__file__).with_name(name).resolve() for name in ("lazy.py", "lazy_functions.py")}
 _SAME = {aten.detach.default, aten.alias.default}
-_GRAD = Tensor.grad.__get__  # type: ignore[attr-defined]
+_GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
 _VIEW = {aten.view.default, aten._unsafe_view.default}
 
 
@@ -188,6 +188,13 @@ class Source:
         """Whether the values stand in memory, here or where this is a view of."""
         return self.own is not None or (self.shares and self.parent is not None and self.parent.is_read)
 
+    def kind(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and device of the values, known before they are."""
+        if self.formula is not None:
+            return self.formula.dtype, self.formula.hidden.device
+        assert self.own is not None, "source: expected a formula or values, got neither"
+        return self.own.dtype, self.own.device
+
     def tensor(self, *, with_parent: bool = False) -> Tensor:
         """The plain tensor, computed at most once; with its autograd history if gradients are on.
 
@@ -272,7 +279,7 @@ class LazyLogits(Tensor):
             return written if written is not None and result is args[0] else result
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Below autograd, for what comes from C++: aliases stay lazy, everything else gets the values."""
@@ -310,10 +317,8 @@ class LazyLogits(Tensor):
 
 def wrap(source: Source, *, like: Tensor) -> LazyLogits:
     """A new lazy tensor over `source`, of the shape and strides of `like`, without autograd history."""
-    known = source.own if source.formula is None else None
-    dtype = known.dtype if known is not None else source.formula.dtype  # type: ignore[union-attr]
-    device = known.device if known is not None else source.formula.hidden.device  # type: ignore[union-attr]
-    tensor: LazyLogits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    dtype, device = source.kind()
+    tensor: LazyLogits = Tensor._make_wrapper_subclass(
         LazyLogits, like.shape, strides=like.stride(), dtype=dtype, device=device
     )
     tensor.source = source
@@ -348,7 +353,7 @@ def plain(tensor: LazyLogits, *, with_parent: bool = False) -> Tensor:
         return tensor.source.tensor(with_parent=with_parent)
     if tensor._bridge is None:
         tensor._bridge = _Bridge.apply(tensor)  # type: ignore[no-untyped-call]
-    return tensor._bridge  # type: ignore[return-value]
+    return tensor._bridge
 
 
 def _is_ours(tensor: LazyLogits) -> bool:
@@ -364,7 +369,7 @@ class _Bridge(torch.autograd.Function):
         return tensor.source.tensor().detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -393,7 +398,7 @@ class _Attach(torch.autograd.Function):
         return wrap(source, like=like)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
         if grad is None:
             return (None,) * (2 + len(wanted))

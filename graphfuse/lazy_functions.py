@@ -116,7 +116,7 @@ def _chooses(func: Any, dim_at: int, *, copies: bool = False) -> Function:
             return _made(tensor, lambda v: func(v, *args, **kwargs), like, hidden, shares=not copies)
         likes = func(_stand_in(tensor), *args, **kwargs)
         return tuple(
-            _made(tensor, lambda v, k=k: func(v, *args, **kwargs)[k], like, rows, shares=True)  # type: ignore[misc]
+            _made(tensor, lambda v, k=k: func(v, *args, **kwargs)[k], like, rows, shares=True)
             for k, (like, rows) in enumerate(zip(likes, hidden, strict=True))
         )
 

@@ -173,11 +173,7 @@ def run_chunks(
         x = hidden[rows] if chosen is None else hidden[chosen[rows]]
         chunk = buffer[: x.shape[0]]
         grad = (chunk.view(torch.float16) if in_half else chunk)[:, :vocab] if any(needs) else None
-        logits = chunk[:, :vocab]
-        if bias is None:
-            torch.mm(x, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, x, weight.t(), out=logits)
+        logits = _linear_into(chunk[:, :vocab], x, weight, bias)
         at_rows = (losses.map(lambda found: found[rows]), factors.map(lambda f: f[rows]))  # noqa: B023 - called now
         softmax_grad(logits, grad, target[rows], class_weight, options, *at_rows)
         if grad is None:
@@ -207,6 +203,12 @@ def run_chunks(
     if late is not None:
         grads = [grad.mul_(late) for grad in grads]
     return losses, grads[0], grads[1].to(grad_dtype), grads[2].to(grad_dtype)
+
+
+def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return torch.mm(x, weight.t(), out=logits)
+    return torch.addmm(bias, x, weight.t(), out=logits)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -120,9 +120,9 @@ def _grouped(states: Value) -> Value | None:
     value = states
     while value.op in INDEXING and isinstance(value.args[0], Value):
         value = value.args[0]
-        if value.tensor.dim() == 4 and value.shape[1] < heads and heads % value.shape[1] == 0:
-            if (value.shape[0], *value.shape[2:]) == (batch, length, width):
-                return value
+        fewer = value.tensor.dim() == 4 and value.shape[1] < heads and heads % value.shape[1] == 0
+        if fewer and (value.shape[0], *value.shape[2:]) == (batch, length, width):
+            return value
     return None
 
 

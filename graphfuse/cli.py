@@ -1,0 +1,13 @@
+"""The command line: `graphfuse inspect` and `graphfuse bench`."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    help="Rewrite PyTorch model graphs to hand-written Triton kernels, and see what was rewritten.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measure on this machine, side by side with the alternatives.", no_args_is_help=True)
+app.add_typer(bench, name="bench")

@@ -26,6 +26,7 @@ def optimize(
     mode: str | None = None,
     patterns: Iterable[str] | None = None,
     lazy_logits: bool = True,
+    memory: str = "balanced",
     strict: bool = False,
     **inner_options: Any,
 ) -> Compilable:
@@ -39,6 +40,8 @@ def optimize(
         mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
         patterns: names of the patterns to use; all of them if `None`.
         lazy_logits: return logits beside a fused loss as a tensor that is computed when it is read.
+        memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
+            norms, rotations and gates return), "min" (everything but matrix products and attention).
         strict: raise what goes wrong inside graphfuse instead of warning and compiling the graph as it was.
         inner_options: options for Inductor, by the names of `torch._inductor.config`.
 
@@ -55,6 +58,7 @@ def optimize(
         "inner": inner,
         "patterns": patterns,
         "lazy_logits": lazy_logits,
+        "memory": memory,
         "strict": strict,
         "mode": mode,
         **inner_options,

@@ -10,6 +10,8 @@ import torch
 
 from graphfuse.errors import ConfigError
 
+MEMORY = ("speed", "balanced", "min")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -20,6 +22,9 @@ class Config:
         patterns: names of the patterns to use; all of them if `None`.
         lazy_logits: return logits that only a reader outside the graph could want as a tensor that is computed when
             it is read (`graphfuse.lazy`).
+        memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
+            graphfuse's norms, rotations and gates return), "min" (everything but matrix products and attention).
+            Inductor only.
         strict: raise what goes wrong inside graphfuse; otherwise it warns, and compiles the graph as it was.
         mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
         inner_options: options for Inductor itself, by the names of `torch._inductor.config`.
@@ -28,6 +33,7 @@ class Config:
     inner: str = "inductor"
     patterns: tuple[str, ...] | None = None
     lazy_logits: bool = True
+    memory: str = "balanced"
     strict: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -59,11 +65,14 @@ class Config:
         for name in ("strict", "lazy_logits"):
             if not isinstance(kept.get(name, False), bool):
                 raise ConfigError(f"{name}: expected a bool, got {kept[name]!r}")
+        if kept.get("memory", "balanced") not in MEMORY:
+            raise ConfigError(f"memory: expected one of {list(MEMORY)}, got {kept['memory']!r}")
         inner_options = {**kept.get("inner_options", {}), **passed}
         return cls(
             inner=inner,
             patterns=patterns,
             lazy_logits=kept.get("lazy_logits", True),
+            memory=kept.get("memory", "balanced"),
             strict=kept.get("strict", False),
             mode=kept.get("mode"),
             inner_options=inner_options,

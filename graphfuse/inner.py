@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,26 +26,43 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
         if config.mode is not None and config.mode != "default":
             patches = {**torch._inductor.list_mode_options(config.mode), **patches}
         user = torch._inductor.config.joint_custom_pre_pass
-        patches["joint_custom_pre_pass"] = Salt(user)
-        compiled: Any = compile_fx(graph_module, example_inputs, config_patches=patches)
+        patches["joint_custom_pre_pass"] = JointPass(config.memory, user)
+        with torch._functorch.config.patch(PARTITIONER[config.memory]):
+            compiled: Any = compile_fx(graph_module, example_inputs, config_patches=patches)
     else:
         compiled = torch._dynamo.lookup_backend(config.inner)(graph_module, list(example_inputs))
     result: Callable[..., Any] = compiled
     return result
 
 
+# What AOTAutograd's partitioner may compute again in backward, beside the ops below. It never recomputes a matrix
+# product or an attention for it.
+PARTITIONER: dict[str, dict[str, bool]] = {
+    "speed": {},
+    "balanced": {"ban_recompute_materialized_backward": False},
+    "min": {"ban_recompute_materialized_backward": False, "aggressive_recomputation": True},
+}
+
 # Their results are gradients: a checkpoint that runs them again in backward pays for all their products twice.
 RUN_ONCE = {"graphfuse::linear_cross_entropy"}
 
+# Attention by any kernel: as dear as a matrix product, though the partitioner does not know it of every one.
+ATTENTION = "aten::_scaled_dot_product_"
 
-class Salt(CustomGraphPass):
-    """Puts graphfuse's own sources into the key of Inductor's and AOTAutograd's caches, and saves what runs once.
+# One pass over what is saved anyway: cheaper to run again than to keep for backward. The partitioner knows only
+# torch's own ops and would save their results.
+RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope", "glu")}
 
-    The caches do not look into an op: without this, an edited backward would be served from before the edit. Passes
-    that the user has set in the same place still run.
+
+class JointPass(CustomGraphPass):
+    """Says which ops of graphfuse run once and which again in backward, and keys the caches below.
+
+    The caches of Inductor and AOTAutograd do not look into an op: without graphfuse's own sources in their key, an edited backward would be served
+    from before the edit. Passes that the user has set in the same place still run.
     """
 
-    def __init__(self, user_passes: Any = None) -> None:
+    def __init__(self, memory: str = "balanced", user_passes: Any = None) -> None:
+        self.memory = memory
         several = isinstance(user_passes, (list, tuple))
         self.user_passes = [p for p in (user_passes if several else [user_passes]) if p is not None]
 
@@ -52,15 +70,22 @@ class Salt(CustomGraphPass):
         for user_pass in self.user_passes:
             user_pass(graph)
         for node in graph.nodes:
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in RUN_ONCE:
-                for value in (node, *node.users):
-                    value.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+            if name in RUN_ONCE or name.startswith(ATTENTION):
+                policy = CheckpointPolicy.MUST_SAVE
+            elif name in RECOMPUTED and self.memory != "speed" and node.meta.get("partitioner_tag") != "is_backward":
+                policy = CheckpointPolicy.MUST_RECOMPUTE
+            else:
+                continue
+            results = [user for user in node.users if user.target is operator.getitem]
+            for value in (node, *results):
+                value.meta["recompute"] = policy
 
     def uuid(self) -> Any:
         theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.user_passes]
         if None in theirs:
             return None  # a pass that cannot be cached: then neither can this one
-        return ("graphfuse", source_digest(), *theirs)
+        return ("graphfuse", source_digest(), self.memory, *theirs)
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import graphfuse
 from graphfuse import inner
-from graphfuse.inner import Salt, source_digest
+from graphfuse.inner import JointPass, source_digest
 
 
 @pytest.fixture
@@ -22,11 +23,11 @@ def other_sources(monkeypatch):
 
 
 def test_salts_with_its_sources(other_sources):
-    before = Salt().uuid()
+    before = JointPass().uuid()
     assert source_digest() in before
-    assert Salt().uuid() == before
+    assert JointPass().uuid() == before
     other_sources()
-    assert Salt().uuid() != before
+    assert JointPass().uuid() != before
 
 
 def test_serves_nothing_from_before_an_edit(other_sources):
@@ -59,17 +60,17 @@ class TheirPass(CustomGraphPass):
 
 def test_keeps_passes_of_the_user():
     theirs = TheirPass("theirs")
-    salt = Salt(theirs)
+    joint_pass = JointPass("balanced", theirs)
     graph = torch.fx.Graph()
-    salt(graph)
+    joint_pass(graph)
     assert theirs.graphs == [graph]
-    assert "theirs" in salt.uuid()
-    assert Salt([theirs, theirs]).uuid() != salt.uuid()
+    assert "theirs" in joint_pass.uuid()
+    assert JointPass("balanced", [theirs, theirs]).uuid() != joint_pass.uuid()
 
 
 def test_is_not_cached_where_a_pass_of_the_user_cannot_be():
-    assert Salt(TheirPass(None)).uuid() is None
-    assert Salt(lambda graph: None).uuid() is None
+    assert JointPass("balanced", TheirPass(None)).uuid() is None
+    assert JointPass("balanced", lambda graph: None).uuid() is None
 
 
 def test_takes_options_and_mode_of_inductor():
@@ -80,3 +81,51 @@ def test_takes_options_and_mode_of_inductor():
     compiled = graphfuse.optimize(fn, mode="max-autotune-no-cudagraphs", strict=True, max_fusion_size=8)
     torch.testing.assert_close(compiled(x), fn(x))
     assert graphfuse.report(compiled).sites == []
+
+
+class Block(torch.nn.Module):
+    """A pre-norm attention and a gated MLP."""
+
+    def __init__(self, width=32, hidden=96):
+        super().__init__()
+        self.norm = torch.nn.ParameterList([torch.ones(width), torch.ones(width)])
+        self.qkv, self.out = torch.nn.Linear(width, 3 * width), torch.nn.Linear(width, width)
+        self.gate, self.up = torch.nn.Linear(width, hidden), torch.nn.Linear(width, hidden)
+        self.down = torch.nn.Linear(hidden, width)
+
+    def forward(self, x):
+        y = F.rms_norm(x, x.shape[-1:], self.norm[0])
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(y).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = F.rms_norm(x, x.shape[-1:], self.norm[1])
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+WIDTH, HIDDEN, TOKENS = 32, 96, 2 * 16
+# Of every token: x, q, k, v, the attention's result and the logsumexp of its 2 heads, x again, gate and up.
+NEEDED = WIDTH + 3 * WIDTH + WIDTH + 2 + WIDTH + 2 * HIDDEN
+NORMALISED = 2 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("memory", "kept"), [("speed", NEEDED + NORMALISED + HIDDEN), ("balanced", NEEDED), ("min", NEEDED)]
+)
+def test_keeps_for_backward(memory, kept):
+    """What is kept is what matrix products and attention return, and no more unless asked for speed."""
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(2, 16, WIDTH, requires_grad=True)
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    graphfuse.optimize(block, memory=memory, strict=True)
+    weights = {weight.data_ptr() for weight in block.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in weights:
+            saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(x)
+    assert graphfuse.report(block).counts["rms_norm"] == 2
+    assert sum(saved.values()) / TOKENS == kept
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, *block.parameters()]), expected)

@@ -22,10 +22,10 @@ from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.inner import compile_inner
 from graphfuse.lazy_outputs import Plan
-from graphfuse.match import Pattern, Refusal
+from graphfuse.match import Match, Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
 from graphfuse.record import GraphRecord, keep
-from graphfuse.rewrite import rewrite
+from graphfuse.rewrite import rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of, record
 
 log = logging.getLogger("graphfuse")
@@ -133,7 +133,7 @@ def rewrite_graph(
     chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
     shadow = record(graph_module, example_inputs)
     outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
-    taken = _rewrite_shadow(shadow, chosen, graph_record)
+    taken = _rewrite_shadow(shadow, chosen, graph_record, config)
     plan = lazy_outputs.settle(outputs, shadow, taken)
     for output in plan.outputs:
         graph_record.add(output.match)
@@ -143,7 +143,9 @@ def rewrite_graph(
     return plan
 
 
-def _rewrite_shadow(shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord) -> set[Value]:
+def _rewrite_shadow(
+    shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord, config: Config
+) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
     for pattern in patterns:
         for found in list(pattern.find(shadow)):
@@ -152,18 +154,27 @@ def _rewrite_shadow(shadow: Shadow, patterns: Sequence[Pattern], graph_record: G
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
-                refusal = rewrite(found, shadow)
+                refusal = _uncapturable(found, config) or rewrite(found, shadow)
                 graph_record.add(refusal or found)
                 if refusal is None:
                     taken.update(region)
     for body in shadow.bodies:
-        _rewrite_shadow(body, patterns, graph_record)
+        _rewrite_shadow(body, patterns, graph_record, config)
     return taken
+
+
+def _uncapturable(match: Match, config: Config) -> Refusal | None:
+    """What waits for the device would cost the graph its CUDA graphs."""
+    if not match.waits or not config.captures or match.anchor.tensor.device.type != "cuda":
+        return None
+    reason = f"mode: expected one without CUDA graphs, as the host has to wait here, got {config.mode!r}"
+    return Refusal(match.pattern, match.anchor, reason, match.covers)
 
 
 def _finish(shadow: Shadow) -> None:
     for body in shadow.bodies:
         _finish(body)
+    share(shadow)
     shadow.graph_module.graph.lint()
     shadow.graph_module.recompile()
 

@@ -123,15 +123,16 @@ class _Proof:
         device = self.match.anchor.tensor.device
         if device.type not in ("cpu", "cuda"):
             device = torch.device("cpu")
-        drawn = self._draw()
-        same = self._compare_exact(drawn)
-        if same is not None:
-            return same
-        if all(_counts(leaf) or leaf.dtype == torch.float64 for leaf in self.leaves):
-            return None
-        return self._compare_real(drawn, device)
+        for case in range(max([1, *(len(s) for s in self.match.samplers.values() if isinstance(s, tuple))])):
+            drawn = self._draw(case)
+            reason = self._compare_exact(drawn)
+            if reason is None and not all(_counts(leaf) or leaf.dtype == torch.float64 for leaf in self.leaves):
+                reason = self._compare_real(drawn, device)
+            if reason is not None:
+                return reason
+        return None
 
-    def _draw(self) -> list[Tensor]:
+    def _draw(self, case: int) -> list[Tensor]:
         """One tensor for each leaf, in its own dtype, on the CPU."""
         generator = torch.Generator().manual_seed(0)
         cpu = torch.device("cpu")
@@ -142,7 +143,9 @@ class _Proof:
         for leaf in self.leaves:
             shape = self._small(leaf)
             if leaf in samplers:
-                small = samplers[leaf](shape, leaf.dtype, cpu, generator)
+                sampler = samplers[leaf]
+                sampler = sampler[case % len(sampler)] if isinstance(sampler, tuple) else sampler
+                small = sampler(shape, leaf.dtype, cpu, generator)
             elif leaf.dtype.is_complex or leaf.dtype.is_floating_point:
                 small = torch.randn(shape, generator=generator, dtype=exact_dtype(leaf.dtype)).to(leaf.dtype)
                 if small.dim() > 1:  # successive rows at different scales

@@ -38,6 +38,12 @@ class Config:
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def captures(self) -> bool:
+        """Whether Inductor is to capture CUDA graphs."""
+        default = self.mode in ("reduce-overhead", "max-autotune")
+        return bool(self.inner == "inductor" and self.inner_options.get("triton.cudagraphs", default))
+
     @classmethod
     def parse(cls, options: Mapping[str, Any], known_patterns: Collection[str]) -> Config:
         """Check `options`; names that are Inductor's go to Inductor.

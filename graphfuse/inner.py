@@ -57,7 +57,7 @@ RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope"
 class JointPass(CustomGraphPass):
     """Says which ops of graphfuse run once and which again in backward, and keys the caches below.
 
-    The caches of Inductor and AOTAutograd do not look into an op: without graphfuse's own sources in their key, an edited backward would be served
+    The caches of Inductor and AOTAutograd do not look into an op: without graphfuse's own sources in their key, an
     from before the edit. Passes that the user has set in the same place still run.
     """
 

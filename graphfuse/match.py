@@ -30,11 +30,13 @@ class Match:
         params: keyword arguments of `replacement`: numbers, strings, dtypes.
         variant: for people: what kind of the computation this is.
         covers: computation -> how many of it the replacement stands for.
-        samplers: input position -> how to draw it for certification, where a normal distribution will not do.
+        samplers: input position -> how to draw it for certification, where a normal distribution will not do; of
+            several, every one is tried.
         scalable: sizes that the computation does not depend on, besides those of leading dimensions: certification
             may shrink them.
         above_views: certification starts above the views that lead to the inputs, and so with inputs as strided as in
             the graph; not for computations on heads, whose number would then shrink in one input and not in another.
+        waits: whether the host waits for a value from the device, which a CUDA graph cannot capture.
     """
 
     pattern: str
@@ -44,9 +46,10 @@ class Match:
     params: Mapping[str, Any]
     variant: str
     covers: Mapping[str, int]
-    samplers: Mapping[int, Sampler] = field(default_factory=dict)
+    samplers: Mapping[int, Sampler | tuple[Sampler, ...]] = field(default_factory=dict)
     scalable: frozenset[int] = frozenset()
     above_views: bool = True
+    waits: bool = False
 
     @property
     def anchor(self) -> Value:

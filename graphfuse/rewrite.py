@@ -96,7 +96,8 @@ def rewrite(match: Match, shadow: Shadow) -> Refusal | None:
 def _commit(match: Match, shadow: Shadow) -> str | None:
     graph = shadow.graph_module.graph
     old = [shadow.node_of[value] for value in match.outputs]
-    region_nodes = {value.node for value in shadow.cone(match.outputs, match.inputs)}
+    region = shadow.cone(match.outputs, match.inputs)
+    region_nodes = {node for value in region for node in (value.node, shadow.node_of.get(value, value.node))}
     with graph.inserting_before(min(old)):
         inputs = [_node_for(value, shadow) for value in match.inputs]
         late = [n for n in inputs if not n < min(old)]
@@ -194,13 +195,28 @@ def _describe(before: fx.Node, after: fx.Node) -> None:
         node = node.next
 
 
+def share(shadow: Shadow) -> None:
+    """Make equal calls of our ops once: one look at a mask serves all layers."""
+    first: dict[Any, fx.Node] = {}
+    for node in list(shadow.graph_module.graph.nodes):
+        if getattr(node.target, "namespace", None) != "graphfuse":
+            continue
+        read = [shadow.value_of[arg] for arg in node.all_input_nodes if arg in shadow.value_of]
+        if any(storage_key(value.tensor) in shadow.mutations for value in read):
+            continue
+        key = (node.target, tuple(node.args), tuple(node.kwargs.items()))
+        if first.setdefault(key, node) is not node:
+            node.replace_all_uses_with(first[key])
+            node.graph.erase_node(node)
+
+
 def erase(nodes: set[fx.Node], shadow: Shadow) -> None:
     """Remove what nothing reads any more.
 
     Dead-code elimination would also take in-place operations whose result nobody names. A node that writes is removed
     only together with every node that could see what it wrote.
     """
-    doomed = {node for node in nodes if node.op not in ("placeholder", "output", "get_attr")}
+    doomed = {n for n in nodes if n.op not in ("placeholder", "output", "get_attr") and not n._erased}
     changed = True
     while changed:
         changed = False

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 
@@ -224,15 +225,13 @@ class _Replay(fx.Interpreter):
 
     def run_attention(self, n: fx.Node) -> Any:
         """Record attention as one operation: what it would dispatch to depends on the device and its mask."""
-        if self.autocast or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            return super().run_node(n)  # casts come first
         recorder = self.recorder
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = tree_map_only(Tensor, _autocast, self.fetch_args_kwargs_from_env(n))
         recorded = tuple(recorder.record(arg) for arg in args)
         recorded_kwargs = {name: recorder.record(arg) for name, arg in kwargs.items()}
         recorder.quiet = True
         try:
-            result = super().run_node(n)
+            result = _ATTENTION(*args, **kwargs)
         finally:
             recorder.quiet = False
         recorder.define(aten.scaled_dot_product_attention.default, recorded, recorded_kwargs, result, 0)
@@ -242,6 +241,13 @@ class _Replay(fx.Interpreter):
         """Leave autocast regions that an unfinished replay left open."""
         while self.autocast:
             torch.amp.autocast_mode._exit_autocast(self.autocast.pop())
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """What autocast makes of an operand of an operation that it runs in lower precision."""
+    device = tensor.device.type
+    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if eligible and torch.is_autocast_enabled(device) else tensor
 
 
 @functools.cache

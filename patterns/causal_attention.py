@@ -1,18 +1,25 @@
-"""Attention under a mask that is the plain causal one.
+"""Attention under a mask that is the plain causal one, or may be.
 
     scaled_dot_product_attention(q, repeat(k), repeat(v), mask)   ->   scaled_dot_product_attention(q, k, v, is_causal)
 
-Anchor: `scaled_dot_product_attention` with a mask. Libraries build the mask in the graph, out of sizes, positions and
-document numbers; where nothing but sizes goes in, it is a constant, and computed here to see whether it is the lower
-triangle. Told so, attention kernels skip the upper half and read no mask; and they take grouped keys and values as
-they are.
+Anchor: `scaled_dot_product_attention` with a mask. Libraries build the mask in the graph, out of sizes, positions,
+padding and document numbers. Told that it is causal, attention kernels skip the upper half and read no mask; and they
+take grouped keys and values as they are.
 
-Left alone: masks that depend on an input (padding, packed documents), on dynamic sizes; dropout.
+- Where nothing but sizes goes in, the mask is a constant, and computed here to see whether it is the lower triangle.
+- Where it depends on inputs, it is computed here as if nothing were padded and there were one document. If it is the
+  lower triangle then, the graph looks at the mask that it has, once for all layers, and every layer goes one way or
+  the other: `graphfuse.ops.causal_attention`.
+
+Left alone: masks that are something else even so (sliding windows, biases that are learned), and dropout.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +27,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse.evaluate import CannotEvaluate, evaluate
+from graphfuse.kernels.causal_attention import is_lower_triangle
 from graphfuse.match import INDEXING, Match, Pattern, Refusal, argument, number, short
 from graphfuse.shadow import LEAF, Shadow, Value
 
@@ -29,22 +37,29 @@ NAME = "causal_attention"
 COVERS = {NAME: 1}
 HALF = (torch.float16, torch.bfloat16)
 LARGEST = 1 << 31  # elements of a mask that are computed to look at it
-MASKED = -1e4  # an additive mask excludes what it pushes below this, after which exp() is 0 in any dtype
+MOST_GUESSES = 16  # combinations of what the inputs of a mask may be
 
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every attention of the shadow that has a mask."""
-    obstacles: dict[Value, str | None] = {}
+    seen: dict[Value, _Mask | str] = {}
     for value in shadow.values:
         if value.op is not aten.scaled_dot_product_attention.default or len(value.args) < 3:
             continue
         mask = argument(value, 3, "attn_mask")
         if not isinstance(mask, Value):
             continue
-        if mask not in obstacles:
-            obstacles[mask] = _obstacle(mask, shadow)
-        reason = obstacles[mask] or _unfit(value, mask)
-        yield Refusal(NAME, value, reason, COVERS) if reason else _match(value, mask)
+        if mask not in seen:
+            seen[mask] = _look(mask, shadow)
+        found = _unfit(value, mask) or seen[mask]
+        yield Refusal(NAME, value, found, COVERS) if isinstance(found, str) else _match(value, mask, found)
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A mask that is the lower triangle: always, or where what it depends on hides nothing."""
+
+    depends_on: tuple[str, ...]
 
 
 def _unfit(value: Value, mask: Value) -> str | None:
@@ -60,49 +75,78 @@ def _unfit(value: Value, mask: Value) -> str | None:
     return None
 
 
-def _obstacle(mask: Value, shadow: Shadow) -> str | None:
-    """Why the mask is not the lower triangle, or `None` if it is."""
-    if any(not isinstance(size, int) for size in mask.tensor.shape):
-        return "mask: expected static sizes, got dynamic ones"
+def _look(mask: Value, shadow: Shadow) -> _Mask | str:
+    """What is known of the mask, or why it is not the lower triangle."""
     if mask.tensor.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return f"mask: expected as many queries as keys, got shape {mask.shape}"
+    if mask.tensor.requires_grad:
+        return "mask: expected one that needs no gradient, got one that requires it"
     region = shadow.cone([mask], [])
-    leaf = next((value for value in region if value.op is LEAF), None)
-    if leaf is not None:
-        return f"mask: expected to depend on sizes only, got one that depends on {leaf.node.name}"
-    if mask.tensor.numel() > LARGEST:
-        return f"mask: expected at most {LARGEST} elements, got {mask.tensor.numel()}"
+    leaves = [value for value in region if value.op is LEAF]
+    is_static = all(isinstance(size, int) for value in region for size in value.tensor.shape)
+    if math.prod(mask.shape) > LARGEST:
+        return f"mask: expected at most {LARGEST} elements, got {math.prod(mask.shape)}"
     device = mask.tensor.device if mask.tensor.device.type == "cuda" else torch.device("cpu")
+    names = tuple(leaf.node.name for leaf in leaves)
+    guesses = [list(_harmless(leaf, device)) for leaf in leaves]
+    if math.prod(len(guess) for guess in guesses) > MOST_GUESSES or not all(guesses):
+        return f"mask: expected to depend on sizes, padding and positions only, got one that depends on {names}"
     try:
         with _disable_current_modes(), torch.no_grad():
-            content = evaluate(region, {}, exact=False, device=device, sizes={})[mask]
-            size = mask.shape[-1]
-            triangle = torch.ones(size, size, dtype=torch.bool, device=content.device).tril()
-            if content.dtype == torch.bool:
-                causal = bool((content == triangle).all())
-            else:
-                causal = bool(torch.where(triangle, content == 0, content < MASKED).all())
+            for guess in itertools.product(*guesses):
+                known = dict(zip(leaves, guess, strict=True))
+                content = evaluate(region, known, exact=False, device=device, sizes={})[mask]
+                if is_lower_triangle(content):
+                    return _Mask(names or (() if is_static else ("sizes",)))
     except CannotEvaluate as error:
         return f"mask: {error}"
-    return None if causal else "mask: expected the lower triangle, got another constant"
+    other = "one even where nothing is padded" if leaves else "constant"
+    return f"mask: expected the lower triangle, got another {other}"
 
 
-def _match(value: Value, mask: Value) -> Match:
+def _harmless(leaf: Value, device: torch.device) -> Iterator[Tensor]:
+    """Values of an input under which a causal mask is nothing but causal: no padding, one document, the mask itself."""
+    if leaf.tensor.requires_grad:
+        return
+    shape, dtype = leaf.shape, leaf.dtype
+    if len(shape) >= 2 and shape[-1] == shape[-2]:
+        yield _triangle(shape, dtype, device, torch.Generator())
+    if not dtype.is_floating_point or len(shape) == 2:
+        yield torch.ones(shape, dtype=dtype, device=device)
+    if not dtype.is_floating_point and dtype != torch.bool and shape:
+        yield torch.arange(shape[-1], device=device).to(dtype).expand(shape)
+
+
+def _match(value: Value, mask: Value, known: _Mask) -> Match:
     query, key, value_states = value.args[:3]
     grouped = _grouped(key), _grouped(value_states)
-    is_grouped = grouped[0] is not None and grouped[1] is not None and _takes_groups(query)
-    if grouped[0] is not None and grouped[1] is not None and is_grouped and grouped[0].shape[1] == grouped[1].shape[1]:
-        key, value_states = grouped[0], grouped[1]
-    else:
-        is_grouped = False
+    takes_groups = bool(known.depends_on) or _takes_groups(query)
+    is_grouped = False
+    if takes_groups and grouped[0] is not None and grouped[1] is not None:
+        is_grouped = grouped[0].shape[1] == grouped[1].shape[1]
+        key, value_states = grouped if is_grouped else (key, value_states)
     scale = number(argument(value, 6, "scale", value.kwargs.get("scale")))
+    heads = "grouped, " if is_grouped else ""
+    if known.depends_on:
+        return Match(
+            pattern=NAME,
+            outputs=(value,),
+            inputs=(query, key, value_states, mask),
+            replacement=looked_at,
+            params={"scale": query.shape[-1] ** -0.5 if scale is None else scale},
+            variant=f"mask looked at on every call, {heads}{short(query.dtype)}",
+            covers=COVERS,
+            samplers={3: (_triangle, _holes)},
+            above_views=False,
+            waits=True,
+        )
     return Match(
         pattern=NAME,
         outputs=(value,),
         inputs=(query, key, value_states, mask),
-        replacement=replacement,
+        replacement=dropped,
         params={"scale": scale, "enable_gqa": is_grouped or bool(value.kwargs.get("enable_gqa", False))},
-        variant=f"mask of {mask.shape[-1]} positions dropped, {'grouped, ' if is_grouped else ''}{short(query.dtype)}",
+        variant=f"mask of {mask.shape[-1]} positions dropped, {heads}{short(query.dtype)}",
         covers=COVERS,
         samplers={3: _triangle},
         above_views=False,
@@ -115,7 +159,10 @@ def _takes_groups(query: Value) -> bool:
 
 
 def _grouped(states: Value) -> Value | None:
-    """The keys or values before every head was repeated for its group of queries, if that is what was done."""
+    """The keys or values before every head was repeated for its group of queries, if that is what was done.
+
+    Not before a cast: the gradients of a group are then summed in the dtype that it narrows from.
+    """
     batch, heads, length, width = states.shape
     value = states
     while value.op in INDEXING and isinstance(value.args[0], Value):
@@ -127,17 +174,41 @@ def _grouped(states: Value) -> Value | None:
 
 
 def _triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    allowed = torch.ones(shape, dtype=torch.bool, device=device).tril()
-    return allowed if dtype == torch.bool else torch.zeros(shape, device=device).masked_fill(~allowed, -1e9).to(dtype)
+    return _as_mask(torch.ones(shape, dtype=torch.bool, device=device).tril(), dtype)
 
 
-def replacement(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float | None, enable_gqa: bool
+def _holes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
+    """A mask like no other, under which every position sees itself."""
+    allowed = torch.randint(2, shape, generator=generator).to(device=device, dtype=torch.bool)
+    return _as_mask(allowed | torch.eye(*shape[-2:], dtype=torch.bool, device=device), dtype)
+
+
+def _as_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    if not dtype.is_floating_point:
+        return allowed.to(dtype)
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, -1e9).to(dtype)
+
+
+def dropped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor:
-    """What stands in the place of the region."""
+    """Stands in the place of attention under a mask that is always causal."""
     return functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def looked_at(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+    """Stands in the place of attention under a mask that is causal where nothing is padded."""
+    is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
+    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale)[0]
+    return out
 
 
 PATTERN = Pattern(NAME, find)

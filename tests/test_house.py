@@ -24,7 +24,6 @@ TO_BE_SPLIT = {
     "patterns/rms_norm.py",
     "tests/patterns/test_linear_cross_entropy_spellings.py",
 }
-WITHOUT_KERNEL = {"causal_attention"}  # torch has the kernels; only the mask goes
 
 # The glossary has one word for each of these: pattern, match, bind, rewrite, report.
 OTHER_WORDS = {"rule", "template", "hit", "capture", "patch", "summary"}
@@ -66,9 +65,9 @@ def test_gives_each_fusion_its_four_places():
     """A pattern has a kernel, both have a test, and the catalogue has the pattern."""
     patterns = stems("patterns")
     assert sorted(pattern.name for pattern in CATALOGUE) == sorted(patterns)
-    assert stems("kernels") == patterns - WITHOUT_KERNEL
+    assert stems("kernels") == patterns
     assert patterns <= stems("tests/patterns", "test_")
-    assert patterns - WITHOUT_KERNEL <= stems("tests/kernels", "test_")
+    assert patterns <= stems("tests/kernels", "test_")
 
 
 def test_imports_point_one_way():

@@ -36,6 +36,12 @@ def assert_equal_to_eager(compiled, fn, inputs):
 
 
 @pytest.fixture
+def agrees():
+    """Compare results and gradients of a compiled function with eager's, for what is compiled once and called often."""
+    return assert_equal_to_eager
+
+
+@pytest.fixture
 def verify():
     """Compile a function in one graph, compare results and gradients with eager's, and return the report.
 

@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import graphfuse
+from graphfuse.kernels.causal_attention import paths
+
 B, HEADS, GROUPS, S, D = 2, 4, 2, 9, 16
 
 
@@ -72,10 +75,122 @@ def test_refuses_other_constants(lookalike, verify):
     assert [site.reason for site in report.refused] == ["mask: expected the lower triangle, got another constant"]
 
 
-def test_refuses_masks_that_depend_on_an_input(verify):
-    def padded(q, k, v, padding):
-        return attend(q, k, v, torch.ones(S, S, dtype=torch.bool).tril() & padding[:, None, None, :])
+def padded(q, k, v, padding):
+    return attend(q, k, v, torch.ones(S, S, dtype=torch.bool).tril() & (padding[:, None, None, :] != 0))
 
-    report = verify(padded, (*inputs(), torch.ones(B, S, dtype=torch.bool)))
+
+def padded_additive(q, k, v, padding):
+    lowest = torch.finfo(q.dtype).min
+    hidden = (1.0 - padding[:, None, None, :].to(q.dtype)) * lowest
+    mask = torch.full((S, S), lowest, dtype=q.dtype).triu(1)
+    return attend(q, k, v, (mask + hidden).clamp_min(lowest))
+
+
+def documents(q, k, v, positions):
+    rows = torch.arange(S)
+    number = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    same = number[:, None, None, :] == number[:, None, :, None]
+    return attend(q, k, v, (rows[None, :] <= rows[:, None]) & same)
+
+
+def given(q, k, v, mask):
+    return attend(q, k, v, mask)
+
+
+FULL = torch.ones(S, S, dtype=torch.bool).tril().expand(B, 1, S, S)
+LEFT, RIGHT = torch.ones(B, S, dtype=torch.int64), torch.ones(B, S, dtype=torch.int64)
+RIGHT[1, S - 3 :] = 0
+LEFT[1, :3] = 0
+PACKED = torch.cat((torch.arange(4), torch.arange(S - 4))).expand(B, S)
+DEPENDING = [
+    (padded, torch.ones(B, S, dtype=torch.int64), [RIGHT]),
+    (padded, torch.ones(B, S, dtype=torch.bool), [RIGHT.bool()]),
+    (padded_additive, torch.ones(B, S, dtype=torch.int64), [RIGHT]),
+    (documents, torch.arange(S).expand(B, S), [PACKED]),
+    (given, FULL, [FULL & RIGHT[:, None, None].bool()]),
+    (given, torch.zeros(B, 1, S, S).masked_fill(~FULL, -torch.inf), [torch.randn(B, 1, S, S)]),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("spelling", "harmless", "others"), DEPENDING, ids=lambda x: getattr(x, "__name__", None))
+def test_looks_at_masks_that_depend_on_an_input(spelling, harmless, others, dynamic, verify, agrees):
+    """What is compiled once serves masks that are causal and masks that are not."""
+    before = paths.copy()
+    report = verify(spelling, (*inputs(), harmless), dynamic=dynamic)
+    assert report.counts == {"causal_attention": 1}, report
+    assert "looked at on every call, grouped" in report.rewritten[0].variant
+    assert (paths - before)["causal"]
+    compiled = graphfuse.optimize(spelling, inner="eager", dynamic=dynamic, fullgraph=True, strict=True)
+    for mask, path in [(harmless, "causal"), *((other, "masked") for other in others), (harmless, "causal")]:
+        before = paths.copy()
+        agrees(compiled, spelling, (*inputs(), mask))
+        assert set(paths - before) == {path}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_looks_once_for_all_layers(inner, agrees):
+    def layers(q, k, v, padding):
+        mask = torch.ones(S, S, dtype=torch.bool).tril() & (padding[:, None, None, :] != 0)
+        for _ in range(3):
+            q = q + attend(q, k, v, mask)
+        return q
+
+    compiled = graphfuse.optimize(layers, inner=inner, fullgraph=True, strict=True)
+    for padding in (torch.ones_like(RIGHT), RIGHT):
+        agrees(compiled, layers, (*inputs(), padding))
+        with torch.profiler.profile() as profile:
+            compiled(*inputs(), padding)
+        called = {event.key: event.count for event in profile.key_averages()}
+        assert (called["graphfuse::is_lower_triangle"], called["graphfuse::causal_attention"]) == (1, 3)
+
+
+@pytest.mark.parametrize("spelling", [triangle, lambda q, k, v: padded(q, k, v, torch.ones_like(RIGHT))])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rewrites_in(dtype, autocast, spelling, verify):
+    report = verify(spelling, tuple(x.detach().to(dtype).requires_grad_() for x in inputs()), autocast=autocast)
+    assert report.counts == {"causal_attention": 1}, report
+    # Grouped heads would sum gradients in bf16 that eager sums in fp32.
+    narrows = autocast and dtype == torch.float32
+    assert ("grouped" in report.rewritten[0].variant) != narrows
+
+
+def test_rewrites_under_autocast_with_a_mask_to_look_at(verify):
+    report = verify(padded, (*inputs(), RIGHT), autocast=True)
+    assert report.counts == {"causal_attention": 1}, report
+    assert "looked at on every call, bfloat16" in report.rewritten[0].variant
+
+
+def padded_window(q, k, v, padding):
+    rows = torch.arange(S)
+    near = (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < 4)
+    return attend(q, k, v, near & (padding[:, None, None, :] != 0))
+
+
+def all_see_all(q, k, v, padding):
+    return attend(q, k, v, (padding[:, None, None, :] != 0).expand(B, 1, S, S))
+
+
+@pytest.mark.parametrize("lookalike", [padded_window, all_see_all])
+def test_refuses_what_is_not_causal_even_without_padding(lookalike, verify):
+    report = verify(lookalike, (*inputs(), RIGHT))
     (site,) = report.refused
-    assert site.reason.startswith("mask: expected to depend on sizes only")
+    assert site.reason == "mask: expected the lower triangle, got another one even where nothing is padded"
+
+
+def test_refuses_biases_that_are_learned(verify):
+    report = verify(given, (*inputs(), torch.randn(B, HEADS, S, S, requires_grad=True)))
+    assert [site.reason for site in report.refused] == [
+        "mask: expected one that needs no gradient, got one that requires it"
+    ]
+
+
+@pytest.mark.parametrize(("mode", "count"), [(None, 1), ("reduce-overhead", 0)])
+@pytest.mark.gpu
+def test_leaves_masks_alone_where_cuda_graphs_are_wanted(mode, count):
+    q, k, v = (x.detach().cuda().half() for x in inputs())
+    mask = FULL.cuda()
+    compiled = graphfuse.optimize(given, mode=mode, strict=True)
+    torch.testing.assert_close(compiled(q, k, v, mask), given(q, k, v, mask))
+    assert len(graphfuse.report(compiled).rewritten) == count

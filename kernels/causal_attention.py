@@ -1,0 +1,328 @@
+"""Attention under a mask that may turn out to be the causal one.
+
+    out = softmax(scale * q kᵀ, where the mask allows) v
+
+Whether a mask that depends on data (padding, packed documents) is the lower triangle is known only when it is there.
+`is_lower_triangle` looks at it, once for all layers, and brings the answer to the host; `causal_attention` then calls
+the kernel that skips the upper half and takes grouped keys and values as they are, or the one that reads the mask. The
+kernels are PyTorch's own, chosen by its own rules.
+
+Source: Dao 2023, https://arxiv.org/abs/2307.08691 (the logsumexp kept for backward); Ainslie et al. 2023,
+https://arxiv.org/abs/2305.13245 (grouped heads)
+"""
+# Shape letters: B = sequences, H = heads of queries, G = heads of keys and values, S = positions, D = features of a
+# head (E of values), T = positions of keys (S where the mask is causal).
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+__all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle", "paths"]
+
+aten = torch.ops.aten
+
+MASKED = -1e4  # an additive mask excludes what it pushes below this, after which exp() is 0 in any dtype
+
+# How many calls took the causal kernel and how many the one that reads the mask, forward passes only.
+paths: Counter[str] = Counter()
+
+
+def causal_attention_reference(
+    query: Tensor,  # (B, H, S, D)
+    key: Tensor,  # (B, G, T, D)
+    value: Tensor,  # (B, G, T, E)
+    mask: Tensor,  # broadcastable to (B, H, S, T); bool: True attends; floating: added
+    is_causal: Tensor,  # (), bool
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Say what the op computes, in differentiable torch operations: the result and the scores' logsumexp."""
+    scores = _scores(query, key, None if is_causal else mask, scale)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+    out = weights @ _repeat(value, query).to(weights.dtype)
+    return out.to(query.dtype), lse
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Scaled scores (B, H, S, T), -inf where nothing may be seen; `None` is the causal mask."""
+    compute = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(compute) @ _repeat(key, query).to(compute).mT * scale
+    if mask is None:
+        mask = _triangle(scores)
+    if mask.dtype == torch.bool:
+        return scores.masked_fill(~mask, -torch.inf)
+    return scores + mask.to(compute)
+
+
+def _triangle(like: Tensor) -> Tensor:
+    return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).tril()
+
+
+def _repeat(states: Tensor, query: Tensor) -> Tensor:
+    """One head of keys or values for each head of queries."""
+    return states.repeat_interleave(query.shape[1] // states.shape[1], 1)
+
+
+def _sum_groups(grad: Tensor, states: Tensor) -> Tensor:
+    """The gradient of what `_repeat` repeated."""
+    return grad.unflatten(1, (states.shape[1], -1)).sum(2) if grad.shape[1] != states.shape[1] else grad
+
+
+def _backend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> SDPBackend:
+    """PyTorch's kernel for this call."""
+    grouped = query.shape[1] != key.shape[1]
+    choice: int = torch._fused_sdp_choice(query, key, value, mask, 0.0, mask is None, scale=scale, enable_gqa=grouped)
+    return SDPBackend(choice)
+
+
+def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask as the fused kernels add it: (B, H, S, T) in the dtype of the queries, rows aligned to 8 elements."""
+    if mask is None:
+        return None
+    length = mask.shape[-1]
+    bias = query.new_empty((*mask.shape[:-1], -(-length // 8) * 8))[..., :length]
+    if mask.dtype == torch.bool:
+        bias.zero_().masked_fill_(~mask, -torch.inf)
+    else:
+        bias.copy_(mask)
+    return bias.expand(*query.shape[:-1], length)
+
+
+def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
+    """The kernel, and the inputs as it takes them: only the causal kernels for GPUs know groups."""
+    backend = _backend(query, key, value, mask, scale)
+    knows_groups = query.is_cuda and backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
+    if query.shape[1] != key.shape[1] and not knows_groups:
+        key, value = _repeat(key, query), _repeat(value, query)
+        backend = _backend(query, key, value, mask, scale)
+    return backend, key, value, None if backend == SDPBackend.MATH else _bias(mask, query)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    allowed = None if is_causal else mask
+    paths["causal" if allowed is None else "masked"] += 1
+    backend, k, v, bias = _fits(query, key, value, allowed, scale)
+    causal = allowed is None
+    if query.numel() == 0 or backend == SDPBackend.MATH:
+        out, lse = causal_attention_reference(query, key, value, mask, is_causal, scale)
+    elif not query.is_cuda:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    elif backend == SDPBackend.FLASH_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, k, v, 0.0, True, scale=scale)
+    elif backend == SDPBackend.CUDNN_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, k, v, bias, True, 0.0, causal, scale=scale)
+    else:
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, k, v, bias, True, 0.0, causal, scale=scale)
+    wanted_out, wanted_lse = _fake(query, key, value, mask, is_causal, scale, meta=True)
+    return _laid_out(out, wanted_out), _laid_out(lse.reshape(*lse.shape[:2], -1)[..., : query.shape[2]], wanted_lse)
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the dtype and strides that the compiler was told."""
+    if tensor.stride() == like.stride() and tensor.dtype == like.dtype:
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
+
+
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float, *, meta: bool = False
+) -> tuple[Tensor, Tensor]:
+    device = torch.device("meta") if meta else query.device
+    batch, heads, length, _ = query.shape
+    out = torch.empty((batch, length, heads, value.shape[-1]), dtype=query.dtype, device=device).transpose(1, 2)
+    compute = torch.promote_types(query.dtype, torch.float32)
+    return out, torch.empty((batch, heads, length), dtype=compute, device=device)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    is_causal: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    allowed = None if is_causal else mask
+    causal = allowed is None
+    backend, k, v, bias = _fits(query, key, value, allowed, scale)
+    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that there is not
+    length, keys = query.shape[2], key.shape[2]
+    if query.numel() == 0 or backend == SDPBackend.MATH:
+        grads = _backward_reference(grad, query, key, value, allowed, lse, scale)
+    elif not query.is_cuda:
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    elif backend == SDPBackend.FLASH_ATTENTION:
+        grads = aten._scaled_dot_product_flash_attention_backward(
+            grad, query, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
+        )
+    elif backend == SDPBackend.CUDNN_ATTENTION:
+        grads = aten._scaled_dot_product_cudnn_attention_backward(
+            grad,
+            query,
+            k,
+            v,
+            out,
+            lse.unsqueeze(-1),
+            unused,
+            unused,
+            bias,
+            None,
+            None,
+            length,
+            keys,
+            0.0,
+            causal,
+            scale=scale,
+        )
+    else:
+        rows = torch.nn.functional.pad(lse, (0, -length % 32), value=torch.inf)
+        grads = aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
+        )
+    q_grad, k_grad, v_grad, *_ = grads
+    summed = (q_grad, _sum_groups(k_grad, key), _sum_groups(v_grad, value))
+    likes = _fake_backward(grad, query, key, value, mask, is_causal, out, lse, scale, meta=True)
+    wanted = [_laid_out(found, like) for found, like in zip(summed, likes, strict=True)]
+    return wanted[0], wanted[1], wanted[2]
+
+
+def _backward_reference(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (_scores(query, key, mask, scale) - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
+    grad = grad.to(weights.dtype)
+    weights_grad = grad @ _repeat(value, query).to(weights.dtype).mT
+    scores_grad = weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * scale
+    q_grad = scores_grad @ _repeat(key, query).to(weights.dtype)
+    return q_grad, scores_grad.mT @ query.to(weights.dtype), weights.mT @ grad
+
+
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    is_causal: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    meta: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    device = torch.device("meta") if meta else query.device
+    likes = [torch.empty_like(tensor, device=device) for tensor in (query, key, value)]
+    return likes[0], likes[1], likes[2]
+
+
+def _looks(mask: Tensor) -> Tensor:
+    if mask.shape[-1] != mask.shape[-2]:
+        return torch.tensor(False)
+    triangle = _triangle(mask)
+    if mask.dtype == torch.bool:
+        same = (mask == triangle).all()
+    else:
+        same = torch.where(triangle, mask == 0, mask < MASKED).all()
+    return same.cpu()
+
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask) -> Tensor", tags=_TAGS)
+torch.library.define(
+    "graphfuse::causal_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "graphfuse::causal_attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, Tensor out, Tensor lse, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.impl("graphfuse::is_lower_triangle", "default", _looks)
+torch.library.impl("graphfuse::causal_attention", "default", _forward)
+torch.library.impl("graphfuse::causal_attention_backward", "default", _backward)
+torch.library.register_fake("graphfuse::causal_attention", _fake)
+torch.library.register_fake("graphfuse::causal_attention_backward", _fake_backward)
+
+
+@torch.library.register_fake("graphfuse::is_lower_triangle")
+def _(mask):
+    return torch.empty((), dtype=torch.bool, device="cpu")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, mask, is_causal, out, lse = ctx.saved_tensors
+    tensors = (query, key, value, mask, is_causal, out, lse)
+    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, ctx.scale), None, None, None
+
+
+torch.library.register_autograd("graphfuse::causal_attention", _autograd, setup_context=_setup_context)
+
+
+def is_lower_triangle(mask: Tensor) -> Tensor:
+    """Whether a mask is the causal one, as a () bool tensor on the CPU: waits for the mask to be there.
+
+    Args:
+        mask: (..., S, T), bool (True attends) or floating (added to the scores: 0 attends, under -1e4 does not). Where
+            S is not T, the answer is no.
+    """
+    found: Tensor = torch.ops.graphfuse.is_lower_triangle(mask)
+    return found
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Scaled dot-product attention that uses the causal kernel where the mask is the lower triangle.
+
+    Args:
+        query: (B, H, S, D), fp16, bf16, fp32 or fp64; any strides with dense features.
+        key: (B, G, T, D), H a multiple of G; head h of the queries sees head h * G // H.
+        value: (B, G, T, E).
+        mask: broadcastable to (B, H, S, T), bool (True attends) or floating (added to the scores). Gets no gradient.
+        is_causal: what `is_lower_triangle(mask)` returned: () bool, on the CPU.
+        scale: of the scores; 1 / sqrt(D) by default.
+
+    Returns:
+        (B, H, S, E), in the dtype of `query`.
+
+    Raises:
+        ValueError: not four dimensions, or heads that do not group.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: expected (B, heads, S, features), got shape {tuple(tensor.shape)}")
+    if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
+        heads = query.shape[1], key.shape[1], value.shape[1]
+        raise ValueError(f"key: expected heads that divide those of the queries, got {heads}")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale)[0]
+    return out

@@ -1,0 +1,144 @@
+"""causal_attention against its reference: both paths, grouped heads, gradients, layouts, compilers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from graphfuse.kernels import causal_attention as module
+from graphfuse.kernels.causal_attention import (
+    causal_attention,
+    causal_attention_reference,
+    is_lower_triangle,
+    paths,
+)
+from graphfuse.testing import assert_no_worse
+
+B, S, D = 2, 40, 16
+TRIANGLE = torch.ones(S, S, dtype=torch.bool).tril()
+PADDED = (TRIANGLE & (torch.arange(S) < torch.tensor([[S], [S - 13]]))[:, None, None, :]).contiguous()
+
+
+def heads(device, heads=4, groups=2, dtype=torch.float32, values=D, length=S):
+    """Queries, keys and values as models have them: (B, heads, S, D) with the heads inside the tokens."""
+    sizes = ((heads, D), (groups, D), (groups, values))
+    return [torch.randn(B, length, n, d, device=device).to(dtype).transpose(1, 2).requires_grad_() for n, d in sizes]
+
+
+def additive(mask, dtype=torch.float32):
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@pytest.fixture(params=["fused", "math"])
+def backend(request, monkeypatch):
+    """PyTorch's choice, or the fallback for what no fused kernel takes."""
+    if request.param == "math":
+        monkeypatch.setattr(module, "_backend", lambda *args: torch.nn.attention.SDPBackend.MATH)
+    return request.param
+
+
+@pytest.mark.parametrize("mask", [TRIANGLE, PADDED, additive(TRIANGLE), additive(PADDED)], ids=range(4))
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_no_worse_than_eager(device, backend, mask, groups, dtype):
+    mask = mask.to(device)
+    mask = mask if mask.dtype == torch.bool else mask.clamp_min(torch.finfo(dtype).min).to(dtype)
+    inputs = (*heads(device, groups=groups, dtype=dtype), mask, is_lower_triangle(mask), D**-0.5)
+
+    def op(*args):
+        return torch.ops.graphfuse.causal_attention(*args)[0]
+
+    def eager(q, k, v, mask, is_causal, scale):
+        k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    assert_no_worse(op, eager, inputs)
+
+
+@pytest.mark.parametrize("mask", [TRIANGLE, PADDED], ids=["causal", "padded"])
+def test_agrees_with_its_reference(device, mask):
+    q, k, v = heads(device, dtype=torch.float64, values=24)
+    mask = mask.to(device)
+    flag = is_lower_triangle(mask)
+    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3)
+    wanted_out, wanted_lse = causal_attention_reference(q, k, v, mask, flag, 0.3)
+    torch.testing.assert_close((out, lse), (wanted_out, wanted_lse))
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(wanted_out, (q, k, v), grad)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "answer"),
+    [
+        (TRIANGLE, True),
+        (TRIANGLE.expand(B, 1, S, S), True),
+        (additive(TRIANGLE), True),
+        (additive(TRIANGLE, torch.float16), True),
+        (PADDED, False),
+        (additive(PADDED), False),
+        (TRIANGLE.T, False),
+        (TRIANGLE | torch.eye(S, dtype=torch.bool).roll(1, 1), False),
+        (additive(TRIANGLE) + 0.5, False),
+    ],
+    ids=range(9),
+)
+def test_looks_at_the_mask(device, mask, answer):
+    found = is_lower_triangle(mask.to(device))
+    assert (found.device.type, found.shape, bool(found)) == ("cpu", (), answer)
+
+
+def test_counts_the_paths(device):
+    q, k, v = heads(device)
+    before = paths.copy()
+    for mask in (TRIANGLE, PADDED, PADDED):
+        causal_attention(q, k, v, mask.to(device), is_lower_triangle(mask.to(device)))
+    assert paths - before == {"causal": 1, "masked": 2}
+
+
+def test_masks_are_not_read_on_the_causal_path(device):
+    q, k, v = heads(device)
+    mask = TRIANGLE.to(device)
+    wrong = torch.zeros_like(mask)
+    out = causal_attention(q, k, v, wrong, is_lower_triangle(mask))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+
+
+@pytest.mark.parametrize("length", [0, 1, 33])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_takes_any_length(device, length, is_causal):
+    inputs = heads(device, length=length)
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    out = causal_attention(*inputs, mask, torch.tensor(is_causal))
+    wanted = F.scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
+    torch.testing.assert_close(out, wanted)
+    grads = [torch.autograd.grad(result.square().sum(), inputs) for result in (out, wanted)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_passes_opcheck(device, backend, is_causal):
+    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25)
+    torch.library.opcheck(torch.ops.graphfuse.causal_attention, inputs)
+    torch.library.opcheck(torch.ops.graphfuse.is_lower_triangle, (TRIANGLE.to(device),))
+
+
+@pytest.mark.parametrize("permute", [(0, 1, 2, 3), (0, 2, 1, 3)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_tells_compilers_its_strides(device, permute, is_causal):
+    q, k, v = (torch.randn(B, 4, S, D, device=device).permute(permute).contiguous().permute(permute) for _ in "qkv")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    mask, flag = TRIANGLE.to(device), torch.tensor(is_causal)
+
+    def step(q, k, v):
+        return torch.autograd.grad(causal_attention(q, k, v, mask, flag).square().sum(), (q, k, v))
+
+    torch.testing.assert_close(torch.compile(step)(q, k, v), step(q, k, v))
+
+
+def test_says_what_it_expected(device):
+    q, k, v = heads(device, heads=3, groups=2)
+    with pytest.raises(ValueError, match=r"key: expected heads that divide those of the queries, got \(3, 2, 2\)"):
+        causal_attention(q, k, v, TRIANGLE, torch.tensor(True))
+    with pytest.raises(ValueError, match=r"query: expected \(B, heads, S, features\), got shape"):
+        causal_attention(q[0], k, v, TRIANGLE, torch.tensor(True))

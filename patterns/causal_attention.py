@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,16 +128,19 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
         key, value_states = grouped if is_grouped else (key, value_states)
     scale = number(argument(value, 6, "scale", value.kwargs.get("scale")))
     heads = "grouped, " if is_grouped else ""
+    size = query.shape[-1] ** -0.5 if scale is None else scale
+    # Scores of everyday size: under a saturated softmax most gradients are next to 0, and errors of them say nothing.
+    states = {0: partial(_states, scale=query.shape[-1] ** -0.5 / size), 1: _states, 2: _states}
     if known.depends_on:
         return Match(
             pattern=NAME,
             outputs=(value,),
             inputs=(query, key, value_states, mask),
             replacement=looked_at,
-            params={"scale": query.shape[-1] ** -0.5 if scale is None else scale},
+            params={"scale": size},
             variant=f"mask looked at on every call, {heads}{short(query.dtype)}",
             covers=COVERS,
-            samplers={3: (_triangle, _holes)},
+            samplers={**states, 3: (_triangle, _holes)},
             above_views=False,
             waits=True,
         )
@@ -148,7 +152,7 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
         params={"scale": scale, "enable_gqa": is_grouped or bool(value.kwargs.get("enable_gqa", False))},
         variant=f"mask of {mask.shape[-1]} positions dropped, {heads}{short(query.dtype)}",
         covers=COVERS,
-        samplers={3: _triangle},
+        samplers={**states, 3: _triangle},
         above_views=False,
     )
 
@@ -171,6 +175,12 @@ def _grouped(states: Value) -> Value | None:
         if fewer and (value.shape[0], *value.shape[2:]) == (batch, length, width):
             return value
     return None
+
+
+def _states(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator, *, scale: float = 1.0
+) -> Tensor:
+    return (scale * torch.randn(shape, generator=generator)).to(device=device, dtype=dtype)
 
 
 def _triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:

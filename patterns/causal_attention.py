@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse.evaluate import CannotEvaluate, evaluate
 from graphfuse.kernels.causal_attention import is_lower_triangle
-from graphfuse.match import INDEXING, Match, Pattern, Refusal, argument, number, short
+from graphfuse.match import INDEXING, Match, Pattern, Refusal, Sampler, argument, number, short
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
@@ -130,7 +130,7 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
     heads = "grouped, " if is_grouped else ""
     size = query.shape[-1] ** -0.5 if scale is None else scale
     # Scores of everyday size: under a saturated softmax most gradients are next to 0, and errors of them say nothing.
-    states = {0: partial(_states, scale=query.shape[-1] ** -0.5 / size), 1: _states, 2: _states}
+    states: dict[int, Sampler] = {0: partial(_states, scale=query.shape[-1] ** -0.5 / size), 1: _states, 2: _states}
     if known.depends_on:
         return Match(
             pattern=NAME,

@@ -94,8 +94,11 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
-    """The kernel, and the inputs as it takes them: only the causal kernels for GPUs know groups."""
-    backend = _backend(query, key, value, mask, scale)
+    """The kernel, and the inputs as it takes them: only the causal kernels for GPUs know groups.
+
+    (cuDNN takes groups beside a mask too, but then returns wrong gradients: seen with torch 2.11 on an H200.)
+    """
+    backend = _backend(query, key, value, mask, scale) if mask is None or key.shape[1] == query.shape[1] else None
     knows_groups = query.is_cuda and backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     if query.shape[1] != key.shape[1] and not knows_groups:
         key, value = _repeat(key, query), _repeat(value, query)

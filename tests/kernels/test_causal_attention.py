@@ -111,9 +111,10 @@ def test_takes_any_length(device, length, is_causal):
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     out = causal_attention(*inputs, mask, torch.tensor(is_causal))
     wanted = F.scaled_dot_product_attention(*inputs, mask, enable_gqa=True)
-    torch.testing.assert_close(out, wanted)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # another kernel, on a GPU
+    torch.testing.assert_close(out, wanted, **tolerance)
     grads = [torch.autograd.grad(result.square().sum(), inputs) for result in (out, wanted)]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(*grads, **tolerance)
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -132,9 +132,11 @@ def rewrite_graph(
     """Rewrite `graph_module` in place, bodies of checkpoints included; the plan says which outputs it has lost."""
     chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
     shadow = record(graph_module, example_inputs)
-    outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
+    with shadow.without_guards():
+        outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
     taken = _rewrite_shadow(shadow, chosen, graph_record, config)
-    plan = lazy_outputs.settle(outputs, shadow, taken)
+    with shadow.without_guards():
+        plan = lazy_outputs.settle(outputs, shadow, taken)
     for output in plan.outputs:
         graph_record.add(output.match)
     _finish(shadow)
@@ -148,7 +150,9 @@ def _rewrite_shadow(
 ) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
     for pattern in patterns:
-        for found in list(pattern.find(shadow)):
+        with shadow.without_guards():
+            found_here = list(pattern.find(shadow))
+        for found in found_here:
             if isinstance(found, Refusal):
                 graph_record.add(found)
                 continue

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -91,8 +92,9 @@ def storage_key(tensor: Tensor) -> int:
 class Shadow:
     """The recorded values of one graph, and how they relate to its nodes."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, shape_env: ShapeEnv | None = None) -> None:
         self.graph_module = graph_module
+        self.shape_env = shape_env
         self.values: list[Value] = []
         self.value_of: dict[fx.Node, Value] = {}  # Dynamo node -> the value it returns
         self.node_of: dict[Value, fx.Node] = {}  # value -> the first Dynamo node that returns it
@@ -101,6 +103,10 @@ class Shadow:
         self.mutating_nodes: dict[fx.Node, set[int]] = {}  # node -> storages that it changed
         self.escaping: set[Value] = set()  # returned by the graph, or handed to a nested one
         self.bodies: list[Shadow] = []  # of checkpointed and other nested regions
+
+    def without_guards(self) -> contextlib.AbstractContextManager[None]:
+        """Where sizes may be asked about: the answers are those of this batch, and hold no later batch to them."""
+        return contextlib.nullcontext() if self.shape_env is None else self.shape_env.suppress_guards()
 
     def sole_user(self, value: Value) -> Value | None:
         """The one operation that reads the value, if there is just one and nothing else can see it."""
@@ -294,12 +300,12 @@ def record(graph_module: fx.GraphModule, example_inputs: Iterable[Any] = ()) -> 
     if mode is None:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         examples = [mode.from_tensor(value) if isinstance(value, Tensor) else value for value in example_inputs]
-    shadow = Shadow(graph_module)
+    shadow = Shadow(graph_module, mode.shape_env)
     recorder = _Recorder(shadow)
     replay = _Replay(graph_module, recorder)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(shadow.without_guards())
         if mode.shape_env is not None:
-            stack.enter_context(mode.shape_env.suppress_guards())
             stack.enter_context(mode.shape_env.ignore_fresh_unbacked_symbols())
         stack.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         stack.callback(replay.close)

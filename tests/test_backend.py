@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import graphfuse
 from graphfuse import backend, certify
+from graphfuse.match import Pattern
 from graphfuse.patterns import rms_norm
 
 D = 16
@@ -297,6 +298,21 @@ def test_keeps_in_place_operations_that_nobody_names():
     torch.testing.assert_close(compiled(x, ours), f(x, theirs))
     assert torch.equal(ours, theirs)
     assert graphfuse.report(compiled).counts == {"rms_norm": 1}
+
+
+def test_lets_patterns_ask_about_sizes_that_stay_dynamic(monkeypatch):
+    """A question is no promise: only what a rewrite depends on becomes a guard."""
+    asked = []
+
+    def find(shadow):
+        asked.append(bool(shadow.values[0].tensor.shape[0] == 3))
+        yield from ()
+
+    monkeypatch.setattr(backend, "CATALOGUE", (Pattern("asks", find),))
+    compiled = graphfuse.optimize(lambda x: x.sin(), inner="eager", dynamic=True, strict=True)
+    for length in (3, 5, 8):
+        compiled(torch.randn(length, D))
+    assert asked == [True]
 
 
 def test_proves_equal_layers_once(monkeypatch):

@@ -293,12 +293,23 @@ def test_refuses_trainable_tables(verify):
     ]
 
 
-def test_stays_dynamic_in_the_sequence():
-    compiled = graphfuse.optimize(llama, inner="eager", dynamic=True, fullgraph=True, strict=True)
+def from_positions(x, frequencies, scale):
+    """Tables made on the way, as models do."""
+    angles = (frequencies[:, None] * torch.arange(x.shape[-2], dtype=torch.float32)[None]).T
+    angles = torch.cat((angles, angles), -1)[None]
+    return llama(x, angles.cos() * scale, angles.sin() * scale)
+
+
+@pytest.mark.parametrize("spelling", [llama, from_positions], ids=named)
+def test_stays_dynamic_in_the_sequence(spelling):
+    """One graph for all lengths."""
+    compiled = graphfuse.optimize(spelling, inner="eager", dynamic=True, fullgraph=True, strict=True)
     for length in (6, 9, 12):
-        x, (cos, sin) = torch.randn(B, H, length, D), (torch.randn(1, length, D) for _ in range(2))
-        torch.testing.assert_close(compiled(x, cos, sin), llama(x, cos, sin))
-    assert graphfuse.report(compiled).counts == {"rope": 1}
+        x, tables = torch.randn(B, H, length, D), [torch.randn(1, length, D) for _ in range(2)]
+        inputs = (x, *tables) if spelling is llama else (x, torch.rand(D // 2), 1.0)
+        torch.testing.assert_close(compiled(*inputs), spelling(*inputs))
+    report = graphfuse.report(compiled)
+    assert [(site.pattern, site.status) for site in report.sites] == [("rope", "rewritten")]
 
 
 def uses_rotated(x, cos, sin):

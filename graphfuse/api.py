@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo import trace_rules
 
 from graphfuse import record
 from graphfuse.backend import Backend, pattern_names
@@ -67,13 +68,26 @@ def optimize(
     ignore_messages_said_once()
     if isinstance(model, nn.Module):
         options["patterns"] = config.patterns
-        model.compile(backend="graphfuse", dynamic=dynamic, fullgraph=fullgraph, options=options)
+        settings: dict[str, Any] = {"backend": "graphfuse", "dynamic": dynamic, "fullgraph": fullgraph}
+        if trace_rules.check(model.forward):  # torch's own: Dynamo passes over the frames of its modules
+            model._compiled_call_impl = torch.compile(_framed(model), options=options, **settings)
+        else:
+            model.compile(options=options, **settings)
         return model
     backend = Backend(config)
     compiled: Any = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
     compiled.__graphfuse_backend__ = backend
     result: Compilable = compiled
     return result
+
+
+def _framed(model: nn.Module) -> Callable[..., Any]:
+    """The module's call, with a frame around it that Dynamo looks into."""
+
+    def framed(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    return framed
 
 
 def report(model: Callable[..., Any]) -> Report:

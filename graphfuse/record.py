@@ -25,8 +25,10 @@ class GraphRecord:
     """
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], owner: object = None) -> None:
-        compile_id = CompileContext.current_compile_id()
-        self.graph = str(compile_id) if compile_id is not None else "0/0"
+        context = CompileContext.try_get()
+        self.graph = str(context.compile_id) if context is not None and context.compile_id is not None else "0/0"
+        self.compilation = None if context is None else weakref.ref(context)
+        self.attempt = 0 if context is None else context.attempt
         self.owner = owner
         self.root = _outermost_module()
         self.sites: list[Site] = []
@@ -46,6 +48,19 @@ class GraphRecord:
             self.markers.append(weakref.ref(example_inputs[self.marker]))
         # Some wrappers hide the parameters from the backend: such a graph may be anybody's.
         self.anonymous = not self.parameters and owner is None
+
+    def replaces(self, other: GraphRecord) -> bool:
+        """Whether Dynamo abandoned the other graph, and started over with this one."""
+        context = self.compilation and self.compilation()
+        theirs = other.compilation and other.compilation()
+        return context is not None and context is theirs and other.attempt < self.attempt
+
+    def may_be_of(self, model: nn.Module) -> bool:
+        """Whether nothing speaks against a graph without parameters being one of the model's."""
+        if not self.anonymous or self.root is None:
+            return self.anonymous
+        root = self.root()
+        return root is not None and (root in model.modules() or model in root.modules())
 
     def watch(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, noting for which module each call is."""
@@ -100,7 +115,7 @@ _records: list[GraphRecord] = []
 
 def keep(record: GraphRecord) -> None:
     """Remember a compiled graph for later reports."""
-    _records.append(record)
+    _records[:] = [*(other for other in _records if not record.replaces(other)), record]
 
 
 def report_of(model: nn.Module) -> Report:
@@ -108,7 +123,7 @@ def report_of(model: nn.Module) -> Report:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
-    return _merge((r for r in _records if r.anonymous or any(id(p) in names for p in r.parameters)), names)
+    return _merge((r for r in _records if r.may_be_of(model) or any(id(p) in names for p in r.parameters)), names)
 
 
 def report_of_owner(owner: object) -> Report:

@@ -1,5 +1,6 @@
 """The backend: found by name, checked options, never the reason that a model fails."""
 
+import copy
 import subprocess
 import sys
 
@@ -103,6 +104,25 @@ def test_optimizes_in_place():
     assert graphfuse.report(model).counts == {"rms_norm": 2, "glu": 2}
 
 
+@pytest.mark.parametrize(
+    ("model", "paths"),
+    [
+        (nn.Sequential(nn.Linear(D, D), nn.RMSNorm(D)), ["1"]),
+        (nn.Sequential(Block(), nn.Sequential(Block())), ["0", "1.0"]),
+        (nn.RMSNorm(D), [""]),
+    ],
+    ids=["modules of torch", "own modules", "one module"],
+)
+def test_optimizes_modules_of_torch(model, paths):
+    """Dynamo passes over their frames, and would compile nothing, without a word."""
+    twin = copy.deepcopy(model)
+    graphfuse.optimize(twin, inner="aot_eager", fullgraph=True, strict=True)
+    assert_as_eager(model, twin, torch.randn(5, D))
+    report = graphfuse.report(twin)
+    assert [site.module for site in report.sites if site.pattern == "rms_norm"] == paths
+    assert report.refused == []
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
 def test_agrees_with_eager_through_every_inner_backend(inner):
     model, twin = twins()
@@ -150,6 +170,38 @@ def test_tells_models_apart():
     assert graphfuse.report(first).counts == {"rms_norm": 1, "glu": 1}
     del first
     assert graphfuse.report(second).counts == {"rms_norm": 3, "glu": 3}
+
+
+def test_tells_graphs_without_parameters_apart():
+    """What lies between graph breaks may hold no weight: it is of the model that was called."""
+
+    class Plain(nn.Module):
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    plain, other = graphfuse.optimize(Plain(), inner="eager"), graphfuse.optimize(Stack(1), inner="eager")
+    plain(torch.randn(3, D))
+    other(torch.randn(3, D))
+    assert graphfuse.report(plain).counts == {"rms_norm": 1}
+    assert graphfuse.report(nn.Sequential(plain)).counts == {"rms_norm": 1}
+    assert graphfuse.report(other).counts == {"rms_norm": 1, "glu": 1}
+
+
+def test_forgets_a_graph_that_dynamo_abandons():
+    """Dynamo may start over after the backend has returned, with the same compile id."""
+    calls = []
+
+    def impatient(graph_module, example_inputs):
+        compiled = backend.graphfuse(graph_module, example_inputs, options={"inner": "eager", "strict": True})
+        calls.append(compiled)
+        if len(calls) == 1:
+            raise torch._dynamo.exc.TensorifyScalarRestartAnalysis
+        return compiled
+
+    model = Stack(1)
+    torch.compile(model, backend=impatient)(torch.randn(3, D))
+    assert len(calls) == 2
+    assert sorted(site.pattern for site in graphfuse.report(model).sites) == ["glu", "rms_norm"]
 
 
 def test_says_where_a_site_is():

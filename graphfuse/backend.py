@@ -25,8 +25,9 @@ from graphfuse.lazy_outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
 from graphfuse.record import GraphRecord, keep
+from graphfuse.replay import record as record_shadow
 from graphfuse.rewrite import rewrite, share
-from graphfuse.shadow import Shadow, Value, bodies_of, record
+from graphfuse.shadow import Shadow, Value, bodies_of
 
 log = logging.getLogger("graphfuse")
 
@@ -131,7 +132,7 @@ def rewrite_graph(
 ) -> Plan:
     """Rewrite `graph_module` in place, bodies of checkpoints included; the plan says which outputs it has lost."""
     chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
-    shadow = record(graph_module, example_inputs)
+    shadow = record_shadow(graph_module, example_inputs)
     with shadow.without_guards():
         outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
     taken = _rewrite_shadow(shadow, chosen, graph_record, config)

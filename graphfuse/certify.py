@@ -99,6 +99,11 @@ class _Proof:
             free.update(s for s in later if size % s == 0 and size // s in later)
         return small_sizes(free)
 
+    def _batch(self) -> set[int]:
+        """The sizes of labels and positions, and of batches flattened from them."""
+        sizes = {size for leaf in self.leaves if _counts(leaf) for size in leaf.shape}
+        return sizes | {a * b for a in sizes for b in sizes}
+
     def _small(self, leaf: Value) -> tuple[int, ...]:
         shape = leaf.shape
         whole = _counts(leaf) or (shape and shape[-1] in self.match.scalable)
@@ -111,7 +116,7 @@ class _Proof:
         except CannotEvaluate as error:
             reason = f"certify: {error}"
         # Rows chosen by number may not exist in a small batch. Try the whole one, if that is not much.
-        self.sizes = small_sizes(self.match.scalable)
+        self.sizes = small_sizes(self.match.scalable - self._batch())
         if sum(math.prod(self._small(leaf)) for leaf in self.leaves) > LARGEST:
             return reason
         try:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from graphfuse import certify as module
 from graphfuse.certify import certify, forget
 from graphfuse.patterns import CATALOGUE
-from graphfuse.shadow import record
+from graphfuse.replay import record
 
 
 @pytest.fixture(autouse=True)

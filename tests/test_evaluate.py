@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from graphfuse.evaluate import FACTORS, CannotEvaluate, evaluate, fingerprint, roots, small_sizes, small_view
-from graphfuse.shadow import LEAF, record
+from graphfuse.replay import record
+from graphfuse.shadow import LEAF
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from graphfuse.match import is_last, narrows, number, scalar, strip, unrounded
-from graphfuse.shadow import LEAF, hint, record
+from graphfuse.replay import record
+from graphfuse.shadow import LEAF, hint
 
 aten = torch.ops.aten
 

@@ -96,7 +96,9 @@ CENTRE = {
     "added": lambda x: x + -x.mean(dim=-1, keepdim=True),
 }
 VARIANCE = {
-    **{f"{square} {mean}": (lambda x, c, s=s, m=m: m(s(c))) for square, s in SQUARE.items() for mean, m in MEAN.items()},
+    **{
+        f"{square} {mean}": (lambda x, c, s=s, m=m: m(s(c))) for square, s in SQUARE.items() for mean, m in MEAN.items()
+    },
     "var": lambda x, c: x.var(-1, keepdim=True, unbiased=False),
     "correction": lambda x, c: torch.var(x, dim=-1, correction=0, keepdim=True),
     "var_mean": lambda x, c: torch.var_mean(x, -1, correction=0, keepdim=True)[0],
@@ -334,7 +336,9 @@ LINEAR_CROSS_ENTROPY = {
     "cast": ("none", "all"),
 }
 LINEAR_CROSS_ENTROPY_MISTAKES = {
-    "probabilities": {"loss": lambda z, y: F.cross_entropy(z.flatten(0, 1), F.one_hot(y.flatten().clamp(min=0), V) * 0.9)},
+    "probabilities": {
+        "loss": lambda z, y: F.cross_entropy(z.flatten(0, 1), F.one_hot(y.flatten().clamp(min=0), V) * 0.9)
+    },
     "other softmax": {"loss": lambda z, y: F.nll_loss(z.log_softmax(1).flatten(0, 1), y.flatten())},
     "sigmoid": {"loss": lambda z, y: F.nll_loss(F.logsigmoid(z).flatten(0, 1), y.flatten())},
     "margin": {"loss": lambda z, y: F.multi_margin_loss(z.flatten(0, 1), y.flatten().clamp(min=0))},

@@ -107,6 +107,31 @@ def test_rewrites_each_of_several_heads(verify):
     assert verify(losses, problem()).counts == {"linear_cross_entropy": 3}
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("cut", [slice(None), slice(2, None), slice(-4, None)])
+def test_rewrites_heads_that_are_stacked(dim, cut, verify):
+    """One head for each codebook: their logits in one tensor, and a loss for each of them."""
+
+    def losses(x, w, bias, y):
+        logits = torch.stack([F.linear(x, w * k) for k in (1.0, 0.5, 2.0)], dim=dim)
+        logits = logits[(*[slice(None)] * (1 + (dim <= 1)), cut)]
+        rows = [logits.select(dim, k) for k in range(3)]
+        return sum(F.cross_entropy(row.reshape(-1, V), y[:, cut].reshape(-1)) for row in rows)
+
+    assert verify(losses, problem()).counts == {"linear_cross_entropy": 3}
+
+
+def test_rewrites_what_is_left_of_a_prompt(verify):
+    """The tokens of the prompt, more than a proof draws, have no labels."""
+    prompt = 29
+
+    def loss(x, w, bias, y):
+        return F.cross_entropy(F.linear(x[:, prompt:], w).view(-1, V), y.view(-1))
+
+    x = torch.randn(B, prompt + S, H, requires_grad=True)
+    assert verify(loss, (x, *problem()[1:])).counts == {"linear_cross_entropy": 1}
+
+
 def test_checkpoint_around_the_head_runs_it_once(monkeypatch):
     """A compiled checkpoint computes everything again in backward, but for what is made of gradients already."""
     runs = []

@@ -91,7 +91,8 @@ def _look(mask: Value, shadow: Shadow) -> _Mask | str:
     names = tuple(leaf.node.name for leaf in leaves)
     guesses = [list(_harmless(leaf, device)) for leaf in leaves]
     if math.prod(len(guess) for guess in guesses) > MOST_GUESSES or not all(guesses):
-        return f"mask: expected to depend on sizes, padding and positions only, got one that depends on {names}"
+        first = next((name for name, guess in zip(names, guesses, strict=True) if not guess), ", ".join(names))
+        return f"mask: expected to depend on sizes, padding and positions only, got one that depends on {first}"
     try:
         with _disable_current_modes(), torch.no_grad():
             for guess in itertools.product(*guesses):

@@ -1,0 +1,45 @@
+"""graphfuse bench head: what it compares, small and on the CPU; the timing needs a GPU."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from graphfuse.bench.head import CASES, IGNORED, Case, Row, _error, losses, problem, products, step, table_of, truth
+from graphfuse.cli import app
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "case", [Case(40, 16, 33), Case(40, 16, 33, 0.5), Case(40, 16, 33, 0.0, "hidden"), Case(40, 16, 33, 0.0, "")]
+)
+def test_everybody_computes_the_same(case):
+    inputs = problem(case, CPU)
+    assert bool((inputs[2] == IGNORED).any()) == (case.ignored > 0)
+    wanted = truth(case, inputs)
+    assert len(wanted) == 1 + len(case.grads.split())
+    for loss in losses().values():
+        results = step(loss, case, inputs)
+        assert all(_error(a, b) < 1e-2 for a, b in zip(results, wanted, strict=True))
+
+
+def test_the_floor_is_the_products():
+    with torch.profiler.profile() as profile:
+        products(Case(40, 16, 33), CPU)()
+    assert {event.key: event.count for event in profile.key_averages()}["aten::mm"] == 3
+
+
+def test_names_its_cases():
+    assert len({case.name for case in CASES}) == len(CASES)
+    rows = [
+        Row(CASES[0].name, "eager", 1.0, 2.0, 3.0),
+        Row(CASES[3].name, "eager", 1.0, 2.0, 3.0, 1e-3, None, None, True),
+    ]
+    assert table_of(rows, "").row_count == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says so where there is no GPU")
+def test_needs_a_gpu():
+    result = CliRunner().invoke(app, ["bench", "head"])
+    assert result.exit_code == 2
+    assert "expected a CUDA GPU to measure, got none" in result.output

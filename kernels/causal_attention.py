@@ -74,9 +74,16 @@ def _sum_groups(grad: Tensor, states: Tensor) -> Tensor:
 
 
 def _backend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> SDPBackend:
-    """PyTorch's kernel for this call."""
+    """PyTorch's kernel for this call.
+
+    It asks whether there will be a backward, which some kernels cannot do at every size, by asking the tensors.
+    """
     grouped = query.shape[1] != key.shape[1]
-    choice: int = torch._fused_sdp_choice(query, key, value, mask, 0.0, mask is None, scale=scale, enable_gqa=grouped)
+    with torch.enable_grad():
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        choice: int = torch._fused_sdp_choice(
+            query, key, value, mask, 0.0, mask is None, scale=scale, enable_gqa=grouped
+        )
     return SDPBackend(choice)
 
 

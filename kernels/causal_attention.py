@@ -101,10 +101,7 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
-    """The kernel, and the inputs as it takes them: only the causal kernels for GPUs know groups.
-
-    (cuDNN takes groups beside a mask too, but then returns wrong gradients: seen with torch 2.11 on an H200.)
-    """
+    """The kernel, and the inputs as it takes them: groups are for the causal kernels on GPUs."""
     backend = _backend(query, key, value, mask, scale) if mask is None or key.shape[1] == query.shape[1] else None
     knows_groups = query.is_cuda and backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     if query.shape[1] != key.shape[1] and not knows_groups:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.utils import dynamo_timed
 
 from graphfuse import lazy_outputs
 from graphfuse.breaks import ignore_messages_said_once
@@ -132,7 +133,8 @@ def rewrite_graph(
 ) -> Plan:
     """Rewrite `graph_module` in place, bodies of checkpoints included; the plan says which outputs it has lost."""
     chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
-    shadow = record_shadow(graph_module, example_inputs)
+    with dynamo_timed("graphfuse.replay"):
+        shadow = record_shadow(graph_module, example_inputs)
     with shadow.without_guards():
         outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
     taken = _rewrite_shadow(shadow, chosen, graph_record, config)
@@ -151,7 +153,7 @@ def _rewrite_shadow(
 ) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
     for pattern in patterns:
-        with shadow.without_guards():
+        with shadow.without_guards(), dynamo_timed("graphfuse.match"):
             found_here = list(pattern.find(shadow))
         for found in found_here:
             if isinstance(found, Refusal):

@@ -62,6 +62,11 @@ def certify(match: Match, shadow: Shadow) -> str | None:
     return _proved[key]
 
 
+def proofs() -> int:
+    """How many distinct regions were put to the proof."""
+    return len(_proved)
+
+
 def forget() -> None:
     """Drop all proofs (after a kernel was changed in place, as tests do)."""
     _proved.clear()

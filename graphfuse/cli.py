@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from graphfuse.bench import head, model
+from graphfuse.bench import head, matching, model
 
 app = typer.Typer(
     help="Rewrite PyTorch model graphs to hand-written Triton kernels, and see what was rewritten.",
@@ -13,6 +13,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure on this machine, side by side with the alternatives.", no_args_is_help=True)
 bench.command("head")(head.main)
+bench.command("matching")(matching.main)
 bench.command("model")(model.main)
 app.add_typer(bench, name="bench")
 

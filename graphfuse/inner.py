@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.utils import dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphfuse.config import Config
 
 
+@dynamo_timed("graphfuse.inner")
 def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
     """Compile with the inner backend of `config`."""
     if config.inner == "inductor":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.utils import dynamo_timed
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
@@ -86,11 +87,12 @@ def specialise(match: Match, shadow: Shadow) -> None:
 
 def rewrite(match: Match, shadow: Shadow) -> Refusal | None:
     """Check, certify and commit one match. The graph is changed only if the answer is `None`."""
-    with shadow.without_guards():
+    with shadow.without_guards(), dynamo_timed("graphfuse.certify"):
         reason = obstacle(match, shadow) or certify(match, shadow)
     if reason is None:
-        specialise(match, shadow)
-        reason = _commit(match, shadow)
+        with dynamo_timed("graphfuse.commit"):
+            specialise(match, shadow)
+            reason = _commit(match, shadow)
     return None if reason is None else Refusal(match.pattern, match.anchor, reason, match.covers)
 
 

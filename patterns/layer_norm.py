@@ -195,8 +195,8 @@ def _multiplied(core: Value, product: Value, statistic: Statistic) -> Norm | Non
         left, right = inner.args
         for rest, other in ((left, right), (right, left)):
             if isinstance(rest, Value) and found is None:
-                found, factor = centred(rest), other
-    if found is None or strip(found.x) is not strip(statistic.x):
+                found, factor, inner = centred(rest), other, strip(rest)
+    if found is None or strip(statistic.x) not in (strip(found.x), inner):  # without its mean it varies as much
         return None
     if bool(_obstacle(found)) != bool(statistic.obstacle):  # over different dimensions
         return None
@@ -206,7 +206,7 @@ def _multiplied(core: Value, product: Value, statistic: Statistic) -> Norm | Non
     elif isinstance(factor, Value) and (weight is not None or (weight := _weight(factor, statistic.width)) is None):
         return None
     x = unrounded(found.x)
-    if x is not unrounded(statistic.x):
+    if x is not unrounded(statistic.x) and strip(x) is strip(statistic.x):
         x = strip(x)  # one of the two was rounded on its own
     norm = Norm(core, core, x, statistic.eps, core.dtype, gain * statistic.gain, statistic.mode)
     return norm if weight is None else dataclasses.replace(norm, weight=weight[0], offset=weight[1])

@@ -18,7 +18,6 @@ SQUARE = {
     "product": lambda x: x * x,
     "square": torch.square,
     "float exponent": lambda x: torch.pow(x, 2.0),
-    "absolute": lambda x: x.abs() ** 2,
 }
 MEAN = {
     "mean": lambda s: s.mean(-1, keepdim=True),
@@ -93,7 +92,7 @@ CENTRE = {
     "mean": lambda x: x - x.mean(-1, keepdim=True),
     "sum": lambda x: x - x.sum(-1, keepdim=True) / x.shape[-1],
     "unsqueezed": lambda x: torch.sub(x, torch.mean(x, -1).unsqueeze(-1)),
-    "added": lambda x: x + -x.mean(dim=-1, keepdim=True),
+    "keyword": lambda x: x.sub(x.mean(dim=-1, keepdim=True)),
 }
 VARIANCE = {
     **{
@@ -151,14 +150,23 @@ def signed_roll(x):
     return torch.roll(x, half, -1) * torch.cat((-torch.ones(half), torch.ones(half))).to(x.dtype)
 
 
+def turned(a, b):
+    return torch.cat((-b, a), -1)
+
+
+def paired(x):
+    pairs = x.unflatten(-1, (-1, 2))
+    return torch.stack((-pairs[..., 1], pairs[..., 0]), -1).reshape(x.shape)
+
+
 TURN = {  # what the sine is multiplied by
-    "chunk": lambda x: (lambda a, b: torch.cat((-b, a), -1))(*x.chunk(2, -1)),
+    "chunk": lambda x: turned(*x.chunk(2, -1)),
     "slice": lambda x: torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1),
-    "split": lambda x: (lambda a, b: torch.cat((b.neg(), a), -1))(*x.split(x.shape[-1] // 2, -1)),
-    "unbind": lambda x: (lambda a, b: torch.cat((-b, a), -1))(*x.unflatten(-1, (2, -1)).unbind(-2)),
+    "split": lambda x: turned(*x.split(x.shape[-1] // 2, -1)),
+    "unbind": lambda x: turned(*x.unflatten(-1, (2, -1)).unbind(-2)),
     "roll": signed_roll,
     "stack": lambda x: torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2),
-    "pairs": lambda x: (lambda p: torch.stack((-p[..., 1], p[..., 0]), -1).reshape(x.shape))(x.unflatten(-1, (-1, 2))),
+    "pairs": paired,
 }
 PAIRED = ("stack", "pairs")
 JOIN = {
@@ -179,9 +187,9 @@ ROPE = {
     "both": (False, True),
 }
 ROPE_MISTAKES = {
-    "one sign wrong": {"turn": lambda x: (lambda a, b: torch.cat((b, a), -1))(*x.chunk(2, -1))},
-    "both signs": {"turn": lambda x: (lambda a, b: torch.cat((-b, -a), -1))(*x.chunk(2, -1))},
-    "not swapped": {"turn": lambda x: (lambda a, b: torch.cat((-a, b), -1))(*x.chunk(2, -1))},
+    "one sign wrong": {"turn": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1)},
+    "both signs": {"turn": lambda x: -torch.cat(x.chunk(2, -1)[::-1], -1)},
+    "not swapped": {"turn": lambda x: torch.cat((-x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]), -1)},
     "turned back": {"turn": lambda x: x.flip(-1)},
     "rolled by one": {"turn": lambda x: x.roll(1, -1)},
     "one table": {"join": lambda x, t, cos, sin: x * cos + t * cos},
@@ -257,7 +265,7 @@ TIMES = {
     "act first": lambda a, b: a * b,
     "up first": lambda a, b: b * a,
     "mul": torch.mul,
-    "in place": lambda a, b: a.mul_(b),
+    "in place": lambda a, b: a.clone().mul_(b),  # some activations save their result
 }
 LIMIT = {"none": lambda z: z, "clamp": lambda z: z.clamp(max=2.0)}
 GLU = {

@@ -83,6 +83,11 @@ def centred_once(x, weight, bias, eps):
     return weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps) + bias
 
 
+def variance_of_centred(x, weight, bias, eps):
+    c = x - x.mean(-1, keepdim=True)
+    return c * torch.rsqrt(c.var(-1, keepdim=True, correction=0) + eps) * weight + bias
+
+
 def sums(x, weight, bias, eps):
     c = x - x.sum(-1, keepdim=True) / D
     return c * (c.square().sum(-1, keepdim=True) * (1 / D) + eps) ** -0.5 * weight + bias
@@ -149,6 +154,7 @@ SPELLINGS = [
     var_mean,
     std_mean,
     centred_once,
+    variance_of_centred,
     sums,
     difference_of_means,
     scaled_inverse,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import graphfuse
@@ -10,11 +10,11 @@ from tests.patterns import spelled
 from tests.patterns.spelled import IGNORED, INNER, B, D, H, S, V
 
 few = settings(
-    max_examples=10,
+    max_examples=20,
     phases=[Phase.generate],  # every example compiles: a failing one is not made smaller
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-kinds = st.sampled_from(["float32", "bfloat16", "autocast", "dynamic"])
+KINDS = st.sampled_from(["float32", "bfloat16", "autocast", "dynamic"])
 
 
 class Choice(dict):
@@ -68,21 +68,21 @@ def check(verify):
 
 
 @few
-@given(choices(spelled.RMS_NORM), kinds)
+@given(choices(spelled.RMS_NORM), KINDS)
 def test_rewrites_rms_norm(check, choice, kind):
     report = check(spelled.rms_norm(choice), norm_inputs(), kind)
     assert report.counts == {"rms_norm": 1}, report
 
 
 @few
-@given(choices(spelled.LAYER_NORM), kinds)
+@given(choices(spelled.LAYER_NORM), KINDS)
 def test_rewrites_layer_norm(check, choice, kind):
     report = check(spelled.layer_norm(choice), (*norm_inputs(), torch.randn(D)), kind)
     assert report.counts == {"layer_norm": 1}, report
 
 
 @few
-@given(choices(spelled.ROPE), kinds)
+@given(choices(spelled.ROPE), KINDS)
 def test_rewrites_rope(check, choice, kind):
     q, k, *tables = rope_inputs(choice)
     report = check(spelled.rope(choice), (q, k), kind, tables)
@@ -90,15 +90,17 @@ def test_rewrites_rope(check, choice, kind):
 
 
 @few
-@given(choices(spelled.GLU), kinds)
+@given(choices(spelled.GLU), KINDS)
 def test_rewrites_glu(check, choice, kind):
     report = check(spelled.glu(choice), glu_inputs(), kind)
     assert report.counts == {"glu": 1}, report
 
 
 @few
-@given(choices(spelled.LINEAR_CROSS_ENTROPY), kinds)
+@given(choices(spelled.LINEAR_CROSS_ENTROPY), KINDS)
 def test_rewrites_linear_cross_entropy(check, choice, kind):
+    # Autocast casts between a reshape and the product, which hides the matrix, or the tokens' shape: refused.
+    assume(kind != "autocast" or choice.names["linear"] in ("linear", "matmul"))
     report = check(spelled.linear_cross_entropy(choice), head_inputs(), kind)
     assert report.counts == {"linear_cross_entropy": 1}, report
 

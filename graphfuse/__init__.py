@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from graphfuse.errors import ConfigError, GraphfuseError, GraphfuseWarning
+from graphfuse.errors import ConfigError, GraphfuseError, GraphfuseWarning, VerificationError
 from graphfuse.reporting import Report, Site
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ __all__ = [
     "GraphfuseWarning",
     "Report",
     "Site",
+    "VerificationError",
     "last_report",
     "optimize",
     "report",

@@ -14,6 +14,7 @@ from graphfuse.backend import Backend, pattern_names
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.reporting import Report
+from graphfuse.verify import Verified
 
 Compilable = TypeVar("Compilable", bound=Callable[..., Any])
 
@@ -29,6 +30,7 @@ def optimize(
     lazy_logits: bool = True,
     memory: str = "balanced",
     strict: bool = False,
+    verify: bool = False,
     **inner_options: Any,
 ) -> Compilable:
     """Compile `model` with graphfuse.
@@ -44,6 +46,8 @@ def optimize(
         memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
             norms, rotations and gates return), "min" (everything but matrix products and attention).
         strict: raise what goes wrong inside graphfuse instead of warning and compiling the graph as it was.
+        verify: on the first batch, compare outputs and gradients with eager, print the figures, and raise if they
+            differ by more than eager's own error in a wider dtype. Takes a copy of the model. Modules only.
         inner_options: options for Inductor, by the names of `torch._inductor.config`.
 
     Returns:
@@ -51,8 +55,11 @@ def optimize(
 
     Raises:
         ConfigError: an unknown option, inner backend or pattern; the message lists the valid ones.
-        TypeError: `model` is not callable.
+        TypeError: `model` is not callable, or not a module and to be verified.
+        VerificationError: on the first call, with `verify`.
     """
+    if verify and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module to verify, got {type(model).__name__}")
     if not callable(model):
         raise TypeError(f"model: expected an nn.Module or a function, got {type(model).__name__}")
     options: dict[str, Any] = {
@@ -73,6 +80,9 @@ def optimize(
             model._compiled_call_impl = torch.compile(_framed(model), options=options, **settings)
         else:
             model.compile(options=options, **settings)
+        if verify:
+            compiled_call: Any = model._compiled_call_impl
+            model._compiled_call_impl = Verified(model, compiled_call)
         return model
     backend = Backend(config)
     compiled: Any = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=fullgraph)

@@ -11,5 +11,9 @@ class ConfigError(GraphfuseError, ValueError):
     """An option or pattern name that does not exist; the message lists the valid ones."""
 
 
+class VerificationError(GraphfuseError):
+    """The first batch came out of the compiled model with more error than eager's own."""
+
+
 class GraphfuseWarning(UserWarning):
     """Something inside graphfuse went wrong, and the graph was compiled as it was."""

@@ -138,6 +138,8 @@ def _class_for(config: Any) -> type[nn.Module]:
 def _of_config(config: Any, batch: int, sequence: int, dtype: str) -> Report:
     for part in (config, config.get_text_config()):
         part.use_cache = False  # a training step keeps no keys and values
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0  # real checkpoints bring one; the sites do not depend on it
     model_class: Any = _class_for(config)
     try:
         with torch.device("meta"):
@@ -157,7 +159,7 @@ def _tokens(forward: Callable[..., Any], batch: int, sequence: int) -> Batch:
     names = list(inspect.signature(forward).parameters)
     if not names:
         raise InspectError("factory: expected a model whose forward takes tokens, got one without arguments")
-    given = [name for name in ("input_ids", "labels") if name in names] or names[:1]
+    given: list[str] = [name for name in ("input_ids", "labels") if name in names] or names[:1]
     if "decoder_input_ids" in names and "labels" not in names:
         given.append("decoder_input_ids")
     return dict.fromkeys(given, tokens)
@@ -171,7 +173,9 @@ def _inspect(model: nn.Module, inputs: Batch) -> Report:
         found = report(model)
         if not found.sites:
             name = type(model).__name__
-            raise InspectError(f"{name}: expected to run on tensors without content, got: {_first_line(error)}") from error
+            raise InspectError(
+                f"{name}: expected to run on tensors without content, got: {_first_line(error)}"
+            ) from error
         found.notes.append(f"the model stopped on tensors without content: {_first_line(error)}")
         return found
     return report(model)

@@ -1,10 +1,10 @@
 """What graphfuse says, and where torch's users look for it.
 
-    default                 one line on stderr for each model that is compiled
-    TORCH_LOGS=graphfuse    also a line for each graph; "+graphfuse" for each site; "-graphfuse" for errors alone
-    GRAPHFUSE_LOG=debug     the same without TORCH_LOGS; debug, info, warning, error, or off
-    logging                 whoever configures the root logger, or the logger "graphfuse", gets all of it there
-    TORCH_TRACE=folder      tlparse shows each graph's report as `graphfuse_report`
+default                 one line on stderr for each model that is compiled
+TORCH_LOGS=graphfuse    also a line for each graph; "+graphfuse" for each site; "-graphfuse" for errors alone
+GRAPHFUSE_LOG=debug     the same without TORCH_LOGS; debug, info, warning, error, or off
+logging                 whoever configures the root logger, or the logger "graphfuse", gets all of it there
+TORCH_TRACE=folder      tlparse shows each graph's report as `graphfuse_report`
 """
 
 from __future__ import annotations

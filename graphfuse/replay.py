@@ -153,7 +153,8 @@ class _Replay(fx.Interpreter):
 def _autocast(tensor: Tensor) -> Tensor:
     """What autocast makes of an operand of an operation that it runs in lower precision."""
     device = tensor.device.type
-    eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    known = torch.amp.autocast_mode.is_autocast_available(device)  # not for meta tensors
+    eligible = known and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(device)) if eligible and torch.is_autocast_enabled(device) else tensor
 
 

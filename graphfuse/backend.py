@@ -160,7 +160,8 @@ def _rewrite_shadow(
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
-                evidence = gather(found, shadow, pattern.why)
+                with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
+                    evidence = gather(found, shadow, pattern.why)
                 refusal = _uncapturable(found, config) or rewrite(found, shadow)
                 graph_record.add(refusal or found, evidence)
                 if refusal is None:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -138,10 +137,3 @@ def test_says_in_one_line_what_is_wrong(package, tmp_path, arguments, content, l
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert line in done.stderr
-
-
-def test_shows_help_without_importing_torch():
-    script = "import sys\nfrom typer.testing import CliRunner\nfrom graphfuse.cli import app\n"
-    script += "print(CliRunner().invoke(app, ['--help']).output)\nassert 'torch' not in sys.modules\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path("/"))
-    assert "inspect" in done.stdout

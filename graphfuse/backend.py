@@ -20,6 +20,7 @@ from graphfuse import lazy_outputs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
+from graphfuse.evidence import gather
 from graphfuse.inner import compile_inner
 from graphfuse.lazy_outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -135,8 +136,8 @@ def rewrite_graph(
     outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
     taken = _rewrite_shadow(shadow, chosen, graph_record, config)
     plan = lazy_outputs.settle(outputs, shadow, taken)
-    for output in plan.outputs:
-        graph_record.add(output.match)
+    for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
+        graph_record.add(output.match, evidence)
     _finish(shadow)
     counts = {status: sum(s.status == status for s in graph_record.sites) for status in ("rewritten", "refused")}
     log.info("[%s] %d sites rewritten, %d refused", graph_record.graph, counts["rewritten"], counts["refused"])
@@ -154,8 +155,9 @@ def _rewrite_shadow(
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
+                evidence = gather(found, shadow, pattern.why)
                 refusal = _uncapturable(found, config) or rewrite(found, shadow)
-                graph_record.add(refusal or found)
+                graph_record.add(refusal or found, evidence)
                 if refusal is None:
                     taken.update(region)
     for body in shadow.bodies:

@@ -7,7 +7,6 @@ the graph as it was, one warning and a line in the report.
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 
-from graphfuse import lazy_outputs
+from graphfuse import lazy_outputs, logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
@@ -29,8 +28,7 @@ from graphfuse.record import GraphRecord, keep
 from graphfuse.rewrite import rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of, record
 
-log = logging.getLogger("graphfuse")
-
+logs.set_up()
 ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
 
 
@@ -84,6 +82,8 @@ def compile_graph(
     graph_record = GraphRecord(graph_module, example_inputs, owner)
     compiled = graph_record.watch(_compile(graph_module, example_inputs, config, graph_record))
     keep(graph_record)  # not before: Dynamo may abandon a graph and start over
+    model = graph_record.root() if graph_record.root is not None else None
+    logs.tell(graph_record.graph, graph_record.sites, graph_record.notes, model)
     return compiled
 
 
@@ -123,7 +123,7 @@ def _fall_back(stage: str, error: Exception, graph_record: GraphRecord) -> None:
     note = f"{stage}: expected no error, got {type(error).__name__}: {first_line}; the graph was compiled as it was"
     graph_record.sites.clear()
     graph_record.notes.append(note)
-    log.info("%s", note, exc_info=error)
+    logs.log.info("%s", note, exc_info=error)
     warnings.warn(f"graphfuse: {note}", GraphfuseWarning, stacklevel=2)
 
 
@@ -139,8 +139,6 @@ def rewrite_graph(
     for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
         graph_record.add(output.match, evidence)
     _finish(shadow)
-    counts = {status: sum(s.status == status for s in graph_record.sites) for status in ("rewritten", "refused")}
-    log.info("[%s] %d sites rewritten, %d refused", graph_record.graph, counts["rewritten"], counts["refused"])
     return plan
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import enum
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -11,3 +15,54 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure on this machine, side by side with the alternatives.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+
+class Dtype(enum.StrEnum):
+    """Of the weights of an inspected model."""
+
+    bfloat16 = enum.auto()
+    float16 = enum.auto()
+    float32 = enum.auto()
+
+
+@app.command("inspect")
+def inspect_model(
+    factory: Annotated[str | None, typer.Argument(help="package.module:function that returns the model.")] = None,
+    model_type: Annotated[str | None, typer.Option(help="A model type of transformers, such as qwen3.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A Hugging Face config.json, or its folder.")] = None,
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.bfloat16,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the report as data.")] = None,
+    details: Annotated[bool, typer.Option("--details", help="Print all that is known of each site.")] = False,
+) -> None:
+    """Show what graphfuse would rewrite in a model's training step: without weights, a GPU or a step."""
+    given = [name for name in (factory, model_type, config) if name is not None]
+    if len(given) != 1:
+        typer.echo(f"graphfuse: expected one of FACTORY, --model-type and --config, got {len(given)}", err=True)
+        raise typer.Exit(2)
+
+    import os
+
+    os.environ.setdefault("GRAPHFUSE_LOG", "off")  # the report is the output
+
+    # Importing torch's compiler takes seconds, which --help does not need.
+    from graphfuse import inspect
+
+    try:
+        if factory is not None:
+            report = inspect.of_factory(factory, batch, seq, dtype)
+        elif model_type is not None:
+            report = inspect.of_type(model_type, batch, seq, dtype)
+        else:
+            assert config is not None, "config: expected the one that is left"
+            report = inspect.of_config(config, batch, seq, dtype)
+        if html is not None:
+            report.to_html(html)
+        if json is not None:
+            report.to_json(json)
+    except (inspect.InspectError, OSError) as error:
+        typer.echo(f"graphfuse: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(report.to_text(details=details))

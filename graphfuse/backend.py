@@ -7,7 +7,6 @@ the graph as it was, one warning and a line in the report.
 from __future__ import annotations
 
 import copy
-import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,10 +16,11 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed
 
-from graphfuse import lazy_outputs
+from graphfuse import lazy_outputs, logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
+from graphfuse.evidence import gather
 from graphfuse.inner import compile_inner
 from graphfuse.lazy_outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -30,8 +30,7 @@ from graphfuse.replay import record as record_shadow
 from graphfuse.rewrite import rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of
 
-log = logging.getLogger("graphfuse")
-
+logs.set_up()
 ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
 
 
@@ -85,6 +84,8 @@ def compile_graph(
     graph_record = GraphRecord(graph_module, example_inputs, owner)
     compiled = graph_record.watch(_compile(graph_module, example_inputs, config, graph_record))
     keep(graph_record)  # not before: Dynamo may abandon a graph and start over
+    model = graph_record.root() if graph_record.root is not None else None
+    logs.tell(graph_record.graph, graph_record.sites, graph_record.notes, model)
     return compiled
 
 
@@ -124,7 +125,7 @@ def _fall_back(stage: str, error: Exception, graph_record: GraphRecord) -> None:
     note = f"{stage}: expected no error, got {type(error).__name__}: {first_line}; the graph was compiled as it was"
     graph_record.sites.clear()
     graph_record.notes.append(note)
-    log.info("%s", note, exc_info=error)
+    logs.log.info("%s", note, exc_info=error)
     warnings.warn(f"graphfuse: {note}", GraphfuseWarning, stacklevel=2)
 
 
@@ -140,11 +141,9 @@ def rewrite_graph(
     taken = _rewrite_shadow(shadow, chosen, graph_record, config)
     with shadow.without_guards():
         plan = lazy_outputs.settle(outputs, shadow, taken)
-    for output in plan.outputs:
-        graph_record.add(output.match)
+    for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
+        graph_record.add(output.match, evidence)
     _finish(shadow)
-    counts = {status: sum(s.status == status for s in graph_record.sites) for status in ("rewritten", "refused")}
-    log.info("[%s] %d sites rewritten, %d refused", graph_record.graph, counts["rewritten"], counts["refused"])
     return plan
 
 
@@ -161,8 +160,9 @@ def _rewrite_shadow(
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
+                evidence = gather(found, shadow, pattern.why)
                 refusal = _uncapturable(found, config) or rewrite(found, shadow)
-                graph_record.add(refusal or found)
+                graph_record.add(refusal or found, evidence)
                 if refusal is None:
                     taken.update(region)
     for body in shadow.bodies:

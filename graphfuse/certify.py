@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,11 +34,30 @@ ARITHMETIC = 2.0 * torch.finfo(torch.float32).eps  # another order of the same f
 FEW = 64  # elements, below which an error is compared with the rounding of the dtype instead
 ROWS = (1.0, 1e-3, 30.0)  # scales of successive rows of an input
 
-_proved: dict[Any, str | None] = {}
+
+@dataclass(frozen=True)
+class Proof:
+    """What came out: why the match must not be rewritten, if it must not, and the largest errors seen."""
+
+    reason: str | None = None
+    exact: float | None = None
+    """Difference between region and replacement in float64, relative to the largest number."""
+    region_error: float | None = None
+    """Relative error of the region in its own dtypes against float64; `None` if everything is float64."""
+    replacement_error: float | None = None
+    """The same of the replacement."""
+
+
+_proved: dict[Any, Proof] = {}
 
 
 def certify(match: Match, shadow: Shadow) -> str | None:
-    """Why `match` must not be rewritten, or `None` if its replacement is proved.
+    """Why `match` must not be rewritten, or `None` if its replacement is proved."""
+    return prove(match, shadow).reason
+
+
+def prove(match: Match, shadow: Shadow) -> Proof:
+    """Run region and replacement side by side.
 
     Proofs are kept for the life of the process, under everything that they depend on.
     """
@@ -58,7 +78,7 @@ def certify(match: Match, shadow: Shadow) -> str | None:
             for device_type in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             stack.enter_context(torch.inference_mode(False))
-            _proved[key] = _Proof(match, region, prefix, leaves).run()
+            _proved[key] = _Trial(match, region, prefix, leaves).run()
     return _proved[key]
 
 
@@ -87,12 +107,15 @@ def _lead_in(match: Match, shadow: Shadow) -> tuple[list[Value], list[Value]]:
     return prefix, leaves
 
 
-class _Proof:
+class _Trial:
     """One region and one replacement, run side by side."""
 
     def __init__(self, match: Match, region: list[Value], prefix: list[Value], leaves: list[Value]) -> None:
         self.match, self.region, self.prefix, self.leaves = match, region, prefix, leaves
         self.sizes = self._sizes()
+        self.exact: float | None = None  # the largest so far, as the next two
+        self.region_error: float | None = None
+        self.replacement_error: float | None = None
 
     def _sizes(self) -> dict[int, int]:
         free: set[int] = set(self.match.scalable)
@@ -115,7 +138,10 @@ class _Proof:
         last = len(shape) if whole else len(shape) - 1
         return tuple(self.sizes.get(s, s) if k < last else s for k, s in enumerate(shape))
 
-    def run(self) -> str | None:
+    def run(self) -> Proof:
+        return Proof(self._reason(), self.exact, self.region_error, self.replacement_error)
+
+    def _reason(self) -> str | None:
         try:
             return self._run()
         except CannotEvaluate as error:
@@ -225,8 +251,9 @@ class _Proof:
             if a.shape != b.shape:
                 return f"certify: expected {name} of shape {tuple(a.shape)}, got {tuple(b.shape)}"
             scale = float(a.nan_to_num().abs().amax()) if a.numel() else 0.0
+            worst = float((a - b).nan_to_num().abs().amax()) if a.numel() else 0.0
+            self.exact = max(self.exact or 0.0, worst / scale if scale else worst)
             if not torch.allclose(a, b, rtol=EXACT, atol=EXACT * scale, equal_nan=True):
-                worst = float((a - b).nan_to_num().abs().amax())
                 return f"certify: expected the same {name} in float64, got a difference of {worst:.1e}"
         return None
 
@@ -240,6 +267,8 @@ class _Proof:
                 continue
             their_error = _error(a, t)
             our_error = _error(b, t)
+            self.region_error = max(self.region_error or 0.0, their_error)
+            self.replacement_error = max(self.replacement_error or 0.0, our_error)
             floor = 0.5 * torch.finfo(a.dtype).eps + ARITHMETIC
             if t.numel() < FEW:  # so few numbers may be right by luck
                 floor = self._coarsest()

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphfuse import algebra
 from graphfuse.certify import certify
+from graphfuse.evidence import Evidence, gather
 from graphfuse.lazy import Formula, Source, Step, apply_formula, lazy
 from graphfuse.match import CASTS, IDENTITIES, Match, scalar, short
 from graphfuse.rewrite import erase
@@ -30,6 +32,7 @@ PRODUCTS = {aten.mm.default, aten.addmm.default}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 NAME = "lazy_logits"
+WHY = "computed when it is read, and then without what has no use"
 MIN_VOCABULARY = 8192  # classes, from which an output that no loss in the graph reads is taken for logits
 
 
@@ -99,11 +102,12 @@ def settle(outputs: Sequence[LazyOutput], shadow: Shadow, taken: set[Value]) -> 
         )
         for o in sorted(chosen, key=lambda o: o.position)
     ]
+    evidence = [gather(output.match, shadow, WHY, is_skipped=True) for output in chosen]
     if chosen:
         graph.output_node().args = (tuple(kept),)
         for output in chosen:
             erase({value.node for value in shadow.cone(output.match.outputs, output.match.inputs)}, shadow)
-    return Plan(chosen, slots, len(nodes) - len(chosen))
+    return Plan(chosen, slots, len(nodes) - len(chosen), evidence)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ class Plan:
     outputs: Sequence[LazyOutput]
     slots: Sequence[Slot]
     others: int
+    evidence: Sequence[Evidence] = ()  # one for each of `outputs`
 
     def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, with the lazy outputs put between the others."""
@@ -197,9 +202,25 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, Value] | None:
         params={"product_dtype": value.dtype, "steps": tuple(steps)},
         variant=short(output.dtype),
         covers={NAME: 1},
+        formula=_in_words(steps, has_bias=bias is not None),
+        rounding=f"product rounded to {short(value.dtype)}",
+        frees="logits",
         scalable=frozenset({output.shape[-1], left.shape[-1]}),
     )
     return match, value
+
+
+def _in_words(steps: Sequence[Step], *, has_bias: bool) -> str:
+    formula = algebra.product(algebra.symbol("h"), algebra.symbol("Wᵀ"))
+    if has_bias:
+        formula = algebra.total(formula, algebra.symbol("b"))
+    for name, detail in steps:
+        if name == "tanh":
+            formula = algebra.apply("tanh", formula)
+        elif name in ("mul", "div"):
+            factor = algebra.number(detail)
+            formula = algebra.product(factor if name == "mul" else algebra.power(factor, -1), formula)
+    return algebra.write(formula)
 
 
 def _step(value: Value) -> tuple[Value] | tuple[Value, str, Any] | None:

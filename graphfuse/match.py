@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Match:
         above_views: certification starts above the views that lead to the inputs, and so with inputs as strided as in
             the graph; not for computations on heads, whose number would then shrink in one input and not in another.
         waits: whether the host waits for a value from the device, which a CUDA graph cannot capture.
+        formula: for people: what is computed, as algebra (`graphfuse.algebra` writes it).
+        rounding: for people: in which dtype, and where that is rounded.
+        frees: what the region keeps for backward and the replacement need not: "activations", "logits", or "" if
+            that is not known.
     """
 
     pattern: str
@@ -50,6 +54,9 @@ class Match:
     scalable: frozenset[int] = frozenset()
     above_views: bool = True
     waits: bool = False
+    formula: str = ""
+    rounding: str = ""
+    frees: Literal["activations", "logits", ""] = "activations"
 
     @property
     def anchor(self) -> Value:
@@ -58,20 +65,28 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Refusal:
-    """Why a site is left as it is: `<what>: expected <...>, got <...>`."""
+    """Why a site is left as it is: `<what>: expected <...>, got <...>`.
+
+    `hint` is what the author of the model can change so that the site matches, where there is such a thing.
+    """
 
     pattern: str
     anchor: Value
     reason: str
     covers: Mapping[str, int] = field(default_factory=dict)
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """What to look for. `find` yields every site of a shadow once, outermost region only."""
+    """What to look for. `find` yields every site of a shadow once, outermost region only.
+
+    `why` says in a few words what its kernel does better than the region.
+    """
 
     name: str
     find: Callable[[Shadow], Iterator[Match | Refusal]]
+    why: str = ""
 
 
 CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
@@ -171,3 +186,15 @@ def argument(value: Value, position: int, name: str, default: Any = None) -> Any
 def short(dtype: torch.dtype) -> str:
     """`bfloat16` rather than `torch.bfloat16`."""
     return str(dtype).removeprefix("torch.")
+
+
+def rounded(out: torch.dtype, early: torch.dtype | None = None) -> str:
+    """Say in words where an op that computes in float32 rounds: at the end, and `early`, before the weight."""
+    if out.itemsize >= 8:
+        return f"{short(out)} throughout"
+    before = early is not None and early.itemsize < 4
+    if out.itemsize >= 4 and not before:
+        return "float32 throughout"
+    places = [f"to {short(early)} before the weight"] if before and early is not None else []
+    places.append("at the end" if before and early == out else f"to {short(out)} at the end")
+    return "computed in float32, rounded " + " and ".join(places)

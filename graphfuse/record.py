@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,9 @@ from torch import Tensor, fx, nn
 from torch._guards import CompileContext
 from torch.utils.weak import WeakIdKeyDictionary
 
+from graphfuse.evidence import Evidence
 from graphfuse.match import Match, Refusal
+from graphfuse.origin import module_class, module_path, source_line, source_path
 from graphfuse.reporting import Report, Site
 
 
@@ -42,9 +43,7 @@ class GraphRecord:
                 self.parameters[value] = None
         if self.marker is not None:
             placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-            source = getattr(placeholders[self.marker], "_dynamo_source", None)
-            name = getattr(source, "name", "")
-            self.marker_path = _path(name() if callable(name) else name)  # a method before torch 2.13
+            self.marker_path = source_path(placeholders[self.marker])
             self.markers.append(weakref.ref(example_inputs[self.marker]))
         # Some wrappers hide the parameters from the backend: such a graph may be anybody's.
         self.anonymous = not self.parameters and owner is None
@@ -87,16 +86,34 @@ class GraphRecord:
             paths.append("" if full is None else full[: len(full) - len(self.marker_path)].rstrip("."))
         return paths or [""]
 
-    def add(self, found: Match | Refusal) -> None:
-        """Note a rewritten match or a refusal."""
+    def add(self, found: Match | Refusal, evidence: Evidence | None = None) -> None:
+        """Note a rewritten match, with what is known of it besides, or a refusal."""
         node = found.anchor.node
-        place: dict[str, Any] = {"module": module_path(node), "source": source_line(node), "graph": self.graph}
-        covers = dict(found.covers)
+        known: dict[str, Any] = {
+            "module": module_path(node),
+            "module_class": module_class(node),
+            "source": source_line(node),
+            "graph": self.graph,
+            "covers": dict(found.covers),
+        }
         if isinstance(found, Refusal):
-            self.sites.append(Site(found.pattern, "refused", reason=found.reason, covers=covers, **place))
-        else:
-            params = {name: _plain(value) for name, value in found.params.items()}
-            self.sites.append(Site(found.pattern, "rewritten", found.variant, params, covers=covers, **place))
+            self.sites.append(Site(found.pattern, "refused", reason=found.reason, hint=found.hint, **known))
+            return
+        params = {name: _plain(value) for name, value in found.params.items()}
+        known |= {"formula": found.formula, "rounding": found.rounding, "frees": found.frees}
+        if evidence is not None:
+            known |= {
+                "kernel": evidence.kernel,
+                "kernel_reason": evidence.kernel_reason,
+                "saved_bytes": evidence.saved_bytes,
+                "saved": evidence.saved,
+                "exact_error": evidence.proof.exact,
+                "region_error": evidence.proof.region_error,
+                "replacement_error": evidence.proof.replacement_error,
+                "before": "\n".join(evidence.before),
+                "after": "\n".join(evidence.after),
+            }
+        self.sites.append(Site(found.pattern, "rewritten", found.variant, params, **known))
 
 
 def _outermost_module() -> weakref.ref[nn.Module] | None:
@@ -157,30 +174,6 @@ def _merge(records: Iterable[GraphRecord], names: Mapping[int, Sequence[str]] | 
                 report.sites.append(replace(site, module=module, instance=instance))
         report.notes.extend(note for note in record.notes if note not in report.notes)
     return report
-
-
-def module_path(node: fx.Node) -> str:
-    """The dotted path of the module whose forward made the node; empty for the root.
-
-    Dynamo names modules by how the compiled frame reached them (`L['self'].model.layers.0.mlp`).
-    """
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    return _path(str(next(reversed(stack.values()))[0]))
-
-
-def _path(path: str) -> str:
-    path = re.sub(r"\._(?:modules|parameters)\[['\"]([^'\"]+)['\"]\]", r".\1", path)
-    path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
-    parts = [part for part in path.split(".") if part not in ("_orig_mod", "_modules", "_parameters", "")]
-    return ".".join(parts[2:] if parts[:1] in (["L"], ["G"]) else parts)
-
-
-def source_line(node: fx.Node) -> str:
-    """`file:line` of the innermost user code that made the node."""
-    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return f"{lines[-1][0]}:{lines[-1][1]}" if lines else ""
 
 
 def _plain(value: Any) -> str | int | float | bool | None:

@@ -36,6 +36,7 @@ aten = torch.ops.aten
 
 NAME = "causal_attention"
 COVERS = {NAME: 1}
+FORMULA = "softmax(scale · q · kᵀ + mask) · v, where mask is 0 up to the diagonal and -∞ above"
 HALF = (torch.float16, torch.bfloat16)
 LARGEST = 1 << 31  # elements of a mask that are computed to look at it
 MOST_GUESSES = 16  # combinations of what the inputs of a mask may be
@@ -144,6 +145,8 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
             samplers={**states, 3: (_triangle, _holes)},
             above_views=False,
             waits=True,
+            formula=FORMULA,
+            frees="",
         )
     return Match(
         pattern=NAME,
@@ -155,6 +158,8 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
         covers=COVERS,
         samplers={**states, 3: _triangle},
         above_views=False,
+        formula=FORMULA,
+        frees="",
     )
 
 
@@ -222,4 +227,4 @@ def looked_at(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale:
     return out
 
 
-PATTERN = Pattern(NAME, find)
+PATTERN = Pattern(NAME, find, "told that it is causal, attention skips the upper half and reads no mask")

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from graphfuse import algebra
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint
 from graphfuse.kernels._glu_kernel import GluOptions
 from graphfuse.kernels.glu import glu_reference
-from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, argument, narrows, number, short
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, argument, narrows, number, rounded, short
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
@@ -89,7 +90,8 @@ def _match(value: Value, shadow: Shadow) -> Match | Refusal | None:
             unknown = unknown or options is UNKNOWN
     if unknown:
         expected = ", ".join(ACTIVATIONS)
-        return Refusal("glu", value, f"activation: expected one of {expected}, got another function", {"glu": 1})
+        reason = f"activation: expected one of {expected}, got another function"
+        return Refusal("glu", value, reason, {"glu": 1}, "use one of these activations, in whatever spelling")
     return None
 
 
@@ -214,7 +216,24 @@ def _build(value: Value, gate: Value, up: Value, options: GluOptions, shadow: Sh
         params={**options._asdict(), "out_dtype": output.dtype},
         variant=", ".join([*words, short(gate.dtype)]),
         covers={"glu": 1},
+        formula=_formula(options),
+        rounding=rounded(output.dtype),
     )
+
+
+def _formula(options: GluOptions) -> str:
+    gate, up = algebra.symbol("gate"), algebra.symbol("up")
+    if options.gate_max < math.inf:
+        gate = algebra.apply("min", gate, algebra.number(options.gate_max))
+    if options.up_limit < math.inf:
+        limit = algebra.number(options.up_limit)
+        up = algebra.apply("clamp", up, -limit, limit)
+    if options.activation == "swish":
+        slope = algebra.apply("sigmoid", algebra.product(algebra.number(options.alpha), gate))
+        activated = algebra.product(gate, slope)
+    else:
+        activated = algebra.apply(options.activation, gate)
+    return algebra.write(algebra.product(activated, algebra.total(up, algebra.number(options.up_offset))))
 
 
 def _packed(value: Value, shadow: Shadow) -> Match | None:
@@ -231,6 +250,8 @@ def _packed(value: Value, shadow: Shadow) -> Match | None:
         params={"dim": argument(value, 1, "dim", -1), **GluOptions("sigmoid")._asdict(), "out_dtype": output.dtype},
         variant=f"sigmoid, packed, {short(packed.dtype)}",
         covers={"glu": 1},
+        formula=_formula(GluOptions("sigmoid")),
+        rounding=rounded(output.dtype),
     )
 
 
@@ -271,4 +292,4 @@ def packed_replacement(packed: Tensor, *, dim: int, **params: Any) -> Tensor:
     return replacement(halves[1], halves[0], **params)
 
 
-PATTERN = Pattern("glu", find)
+PATTERN = Pattern("glu", find, "one pass over memory each way, and backward keeps gate and up alone")

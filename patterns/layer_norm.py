@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse import algebra
 from graphfuse.kernels import layer_norm as _  # noqa: F401  (registers the op)
 from graphfuse.match import (
     Match,
@@ -33,6 +34,7 @@ from graphfuse.match import (
     is_last,
     narrows,
     number,
+    rounded,
     scalar,
     short,
     strip,
@@ -178,12 +180,14 @@ def _meet(value: Value, statistics: dict[Value, Statistic]) -> Norm | Refusal | 
         norm = _multiplied(value, product, statistic) if statistic is not None and statistic.is_norm else None
         if statistic is None or norm is None:
             continue
-        obstacle = statistic.obstacle
+        obstacle, hint = statistic.obstacle, "normalise over the last dimension: x.mean(-1), x.var(-1, correction=0)"
         if math.isclose(statistic.a * (statistic.width - 1), 1.0) and statistic.width > 2:
             obstacle = f"variance: expected a division by {statistic.width}, got one by {statistic.width - 1}"
+            hint = "use the biased variance: x.var(-1, keepdim=True, correction=0)"
         if value.shape != product.shape:
             obstacle = f"shape: expected that of x, {product.shape}, got {value.shape}"
-        return Refusal("layer_norm", value, obstacle, COVERS) if obstacle else norm
+            hint = "keep the reduced dimension: x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)"
+        return Refusal("layer_norm", value, obstacle, COVERS, hint) if obstacle else norm
     return None
 
 
@@ -275,7 +279,8 @@ def _used_elsewhere(norm: Norm, shadow: Shadow) -> Refusal | None:
         else:
             continue
         reason = f"{value.node.name}: expected no use besides the norm, got {reader}"
-        return Refusal("layer_norm", norm.output, reason, COVERS)
+        hint = "compute what else is needed from x and the norm's result, not from the inside of the norm"
+        return Refusal("layer_norm", norm.output, reason, COVERS, hint)
     return None
 
 
@@ -309,7 +314,23 @@ def _match(norm: Norm) -> Match:
         },
         variant=", ".join(filter(None, words)),
         covers=COVERS,
+        formula=_formula(norm),
+        rounding=rounded(norm.output.dtype, None if norm.weight is None else dtype),
     )
+
+
+def _formula(norm: Norm) -> str:
+    x, eps = algebra.symbol("x"), algebra.number(norm.eps)
+    variance = algebra.apply("var", x)
+    root = {
+        "inside": algebra.power(algebra.total(variance, eps), "-1/2"),
+        "outside": algebra.power(algebra.total(algebra.power(variance, "1/2"), eps), -1),
+        "clamp": algebra.power(algebra.apply("max", algebra.power(variance, "1/2"), eps), -1),
+    }
+    centre = algebra.total(x, -algebra.apply("mean", x))
+    scale = 1 if norm.weight is None else algebra.total(algebra.number(norm.offset), algebra.symbol("w"))
+    normalized = algebra.product(centre, algebra.number(norm.gain), root[norm.mode], scale)
+    return algebra.write(algebra.total(normalized, 0 if norm.bias is None else algebra.symbol("b")))
 
 
 def replacement(
@@ -336,4 +357,4 @@ def replacement_without_weight(x: Tensor, bias: Tensor, **params: Any) -> Tensor
     return replacement(x, None, bias, **params)
 
 
-PATTERN = Pattern("layer_norm", find)
+PATTERN = Pattern("layer_norm", find, "one pass over memory each way, and backward keeps x alone")

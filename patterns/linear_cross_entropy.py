@@ -36,6 +36,7 @@ from graphfuse.patterns._head import (
     permutation,
     same_place,
 )
+from graphfuse.patterns._head_formula import formula
 from graphfuse.patterns._logits import NLL, follow
 from graphfuse.patterns._token_program import Inputs, NotExpressible, replacement
 from graphfuse.shadow import LEAF, Shadow, Value
@@ -44,10 +45,15 @@ aten = torch.ops.aten
 
 NAME = "linear_cross_entropy"
 COVERS = {NAME: 1}
+ALONE = "compute what else needs the logits outside the compiled model, or from the hidden states"
 
 
 class _Obstacle(Exception):
-    """Why the head cannot be fused."""
+    """Why the head cannot be fused, and what would help."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
 
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
@@ -58,7 +64,7 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
             try:
                 yield _match(trail, shadow)
             except (_Obstacle, NotExpressible) as obstacle:
-                yield Refusal(NAME, anchor, str(obstacle), COVERS)
+                yield Refusal(NAME, anchor, str(obstacle), COVERS, getattr(obstacle, "hint", ""))
     for value in shadow.values:
         if value.op in NLL and not value.output and not any(value in trail for trail in trails):
             reason = _what_lies_between(value, trails)
@@ -132,6 +138,9 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
         covers=COVERS,
         samplers=_samplers(len(inputs.values), of_targets, vocabulary, ignore_index),
         scalable=_scalable(trail, terms, hidden),
+        formula=formula(terms, source, has_bias=bias is not None, is_total=total is not None),
+        rounding=f"logits rounded to {short(trail.product.dtype)}, softmax and losses in float32",
+        frees="logits",
     )
 
 
@@ -139,10 +148,10 @@ def _check_private(trail: Trail, shadow: Shadow) -> None:
     """Nobody else may read the logits, or anything made of them on the way to the loss."""
     for value in trail.rows:
         if value in shadow.escaping:
-            raise _Obstacle("logits: expected no use besides the loss, got an output of the graph")
+            raise _Obstacle("logits: expected no use besides the loss, got an output of the graph", ALONE)
         for user in value.users:
             if user not in trail and not (user.op in NLL and user.output):
-                raise _Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}")
+                raise _Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}", ALONE)
 
 
 def _total(trail: Trail, shadow: Shadow) -> Value | None:
@@ -369,4 +378,4 @@ def _labels(vocabulary: int, ignore_index: int | None) -> Sampler:
     return sample
 
 
-PATTERN = Pattern(NAME, find)
+PATTERN = Pattern(NAME, find, "the logits exist a chunk of tokens at a time, and turn into their gradient in place")

@@ -17,10 +17,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphfuse import algebra
 from graphfuse.kernels import rms_norm as _  # noqa: F401  (registers the op)
 from graphfuse.match import (
     CASTS,
@@ -33,6 +35,7 @@ from graphfuse.match import (
     is_last,
     narrows,
     number,
+    rounded,
     scalar,
     short,
     strip,
@@ -53,6 +56,7 @@ RECIPROCAL = {aten.reciprocal.default, aten.reciprocal_.default}
 CLAMP_MIN = {aten.clamp_min.default, aten.clamp_min_.default, aten.clamp.default, aten.clamp_.default}
 MAXIMUM = {aten.maximum.default, aten.clamp_min.Tensor}
 NORMS = {aten.linalg_vector_norm.default, aten.norm.ScalarOpt_dim}
+HINT = "normalise over the last dimension: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)"
 VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 FUSED = {aten._fused_rms_norm.default} if hasattr(aten, "_fused_rms_norm") else set()
 
@@ -143,7 +147,9 @@ def _alone(statistics: dict[Value, Statistic], met: set[Value]) -> Iterator[Refu
             other = next((arg for arg in user.operands() if arg is not value), None)
             if user not in statistics and user not in met and user.op in MUL and other is not None:
                 reason = f"x: expected to meet its own inverse root mean square, got {other.op} in {other.node.name}"
-                yield Refusal("rms_norm", user, reason, {"rms_norm": 1})
+                yield Refusal(
+                    "rms_norm", user, reason, {"rms_norm": 1}, "multiply x itself by the rsqrt of its mean square"
+                )
                 break
 
 
@@ -277,7 +283,7 @@ def _meet(value: Value, statistics: dict[Value, Statistic], shadow: Shadow) -> I
                 statistic, obstacle=f"shape: expected that of x, {x.shape}, got {value.shape}"
             )
         if statistic.obstacle:
-            yield Refusal("rms_norm", value, statistic.obstacle, {"rms_norm": 1})
+            yield Refusal("rms_norm", value, statistic.obstacle, {"rms_norm": 1}, HINT)
         else:
             yield _with_weight(value, statistic, shadow)
         return
@@ -387,7 +393,7 @@ def _fused(value: Value) -> Iterator[Match | Refusal]:
     yield _match(value, x, weight, params)
 
 
-def _match(output: Value, x: Value, weight: Value | None, params: dict[str, object]) -> Match:
+def _match(output: Value, x: Value, weight: Value | None, params: dict[str, Any]) -> Match:
     rounding = "" if weight is None else "weight after cast" if _rounds_early(params) else "weight before cast"
     formula = "no weight" if weight is None else "1 + weight" if params["offset"] == 1.0 else "weight"
     words = [formula, rounding, str(params["mode"]).replace("inside", ""), short(x.dtype)]
@@ -399,7 +405,22 @@ def _match(output: Value, x: Value, weight: Value | None, params: dict[str, obje
         params=params,
         variant=", ".join(word for word in words if word),
         covers={"rms_norm": 1},
+        formula=_formula(params, weight),
+        rounding=rounded(output.dtype, None if weight is None else params["normalized_dtype"]),
     )
+
+
+def _formula(params: dict[str, Any], weight: Value | None) -> str:
+    x, eps = algebra.symbol("x"), algebra.number(params["eps"])
+    mean = algebra.apply("mean", x**2)
+    root = {
+        "inside": algebra.power(algebra.total(mean, eps), "-1/2"),
+        "outside": algebra.power(algebra.total(algebra.power(mean, "1/2"), eps), -1),
+        "clamp": algebra.power(algebra.apply("max", algebra.power(mean, "1/2"), eps), -1),
+    }
+    gain = algebra.number(params["gain"])
+    scale = 1 if weight is None else algebra.total(algebra.number(params["offset"]), algebra.symbol("w"))
+    return algebra.write(algebra.product(x, gain, root[params["mode"]], scale))
 
 
 def _rounds_early(params: dict[str, object]) -> bool:
@@ -425,4 +446,4 @@ def replacement(
     return result
 
 
-PATTERN = Pattern("rms_norm", find)
+PATTERN = Pattern("rms_norm", find, "one pass over memory each way, and backward keeps x alone")

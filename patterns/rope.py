@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint, small_sizes
 from graphfuse.kernels.rope import rope_reference
-from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, short, strip, unrounded
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, rounded, short, strip, unrounded
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
@@ -147,7 +147,8 @@ def _match(output: Value, shadow: Shadow) -> Match | Refusal | None:
                     continue
                 if any(table.tensor.requires_grad for table in tables):
                     reason = "cos, sin: expected tables without a gradient, got trainable ones"
-                    return Refusal("rope", output, reason, {"rope": 1})
+                    hint = "make the tables under torch.no_grad(), or detach() them"
+                    return Refusal("rope", output, reason, {"rope": 1}, hint)
                 return _build(output, source, tables, convention)
     return None
 
@@ -360,7 +361,15 @@ def _build(output: Value, x: Value, tables: tuple[Value, ...], convention: Conve
         },
         variant=", ".join([*words, short(x.dtype)]),
         covers={"rope": 1},
+        formula=_formula(layout, reverse=reverse),
+        rounding=rounded(output.dtype),
     )
+
+
+def _formula(layout: str, *, reverse: bool) -> str:
+    first, second = "+-" if reverse else "-+"
+    parts = "halves" if layout == "half" else "even and odd features"
+    return f"(a · cos {first} b · sin, b · cos {second} a · sin), (a, b) the {parts} of x"
 
 
 def replacement(
@@ -386,4 +395,4 @@ def complex_replacement(x: Tensor, rotation: Tensor, **params: Any) -> Tensor:
     return replacement(x, parts.select(-1, 0), parts.select(-1, 1), **params)
 
 
-PATTERN = Pattern("rope", find)
+PATTERN = Pattern("rope", find, "one pass over memory each way, and backward keeps cos and sin alone")

@@ -369,8 +369,8 @@ def test_lets_patterns_ask_about_sizes_that_stay_dynamic(monkeypatch):
 
 def test_proves_equal_layers_once(monkeypatch):
     runs = []
-    original = certify._Proof.run
-    monkeypatch.setattr(certify._Proof, "run", lambda self: runs.append(self) or original(self))
+    original = certify._Trial.run
+    monkeypatch.setattr(certify._Trial, "run", lambda self: runs.append(self) or original(self))
     model = graphfuse.optimize(Stack(6), inner="eager", strict=True)
     model(torch.randn(3, D))
     assert graphfuse.report(model).counts == {"rms_norm": 6, "glu": 6}

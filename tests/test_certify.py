@@ -146,12 +146,12 @@ def test_refuses_what_does_not_run():
 def test_keeps_a_proof_for_all_that_it_depends_on(monkeypatch):
     proofs = []
 
-    class Counted(module._Proof):
+    class Counted(module._Trial):
         def run(self):
             proofs.append(self.match)
             return super().run()
 
-    monkeypatch.setattr(module, "_Proof", Counted)
+    monkeypatch.setattr(module, "_Trial", Counted)
     for inputs in (norm_inputs(), norm_inputs()):
         torch._dynamo.reset()
         certify(*found_in(llama_norm, *inputs))
@@ -179,6 +179,6 @@ def test_shrinks_the_batch():
     """A proof costs the same for a large batch as for a small one."""
     match, shadow = found_in(llama_norm, torch.randn(4, 4096, 8), torch.randn(8))
     leaves = module._lead_in(match, shadow)[1]
-    proof = module._Proof(match, shadow.cone(match.outputs, match.inputs), [], leaves)
+    proof = module._Trial(match, shadow.cone(match.outputs, match.inputs), [], leaves)
     assert sum(tensor.numel() for tensor in proof._draw(0)) < 1000
     assert certify(match, shadow) is None

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import enum
+import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from graphfuse.bench import head, matching, model
+
+class _Benchmarks(TyperGroup):
+    """Commands of which each is the `main` of a module, imported when it is called: that takes seconds."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return ["head", "matching", "model"]
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        command.command(cmd_name)(importlib.import_module(f"graphfuse.bench.{cmd_name}").main)
+        return typer.main.get_command(command)
+
 
 app = typer.Typer(
     help="Rewrite PyTorch model graphs to hand-written Triton kernels, and see what was rewritten.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Measure on this machine, side by side with the alternatives.", no_args_is_help=True)
-bench.command("head")(head.main)
-bench.command("matching")(matching.main)
-bench.command("model")(model.main)
+bench = typer.Typer(
+    cls=_Benchmarks, help="Measure on this machine, side by side with the alternatives.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 
 

@@ -147,9 +147,8 @@ def test_wheel_holds_graphfuse_alone(tmp_path):
     expected = {f"graphfuse/{path.name}" for path in (ROOT / "graphfuse").glob("*.py")} | {"graphfuse/py.typed"}
     for folder in ("kernels", "patterns"):
         expected |= {f"graphfuse/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
-    expected |= {f"graphfuse/bench/{path.name}" for path in (ROOT / "graphfuse" / "bench").glob("*.[pt][yo]*")}
-    reporting = (ROOT / "graphfuse" / "reporting").glob("*.*")
-    expected |= {f"graphfuse/reporting/{path.name}" for path in reporting}
+    for folder in ("bench", "reporting"):
+        expected |= {f"graphfuse/{folder}/{path.name}" for path in (ROOT / "graphfuse" / folder).glob("*.*")}
     assert {name for name in names if name.startswith("graphfuse/")} == expected
     entry_points = zipfile.ZipFile(wheel).read(f"graphfuse-{version}.dist-info/entry_points.txt").decode()
     assert "[torch_dynamo_backends]\ngraphfuse = graphfuse.backend:graphfuse\n" in entry_points

@@ -133,7 +133,13 @@ def _difference(reference: Step, ours: Step) -> tuple[float, float]:
 def _located(sites: list[Site], ledger: Ledger, expected: Places) -> Places:
     """The computations that sites stood for while the model ran, at the paths where the census has them."""
     found: Places = {pattern: Counter() for pattern in expected}
+    # A report has the sites of a graph once for each layer that shares it; the ledger counts those itself.
+    first: dict[str, str] = {}
     for site in sites:
+        first.setdefault(site.graph, site.instance)
+    for site in sites:
+        if site.instance != first[site.graph]:
+            continue
         for (graph, start), times in ledger.runs.items():
             if graph == site.graph:
                 # A refusal may not know what it would have covered.

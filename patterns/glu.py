@@ -184,9 +184,15 @@ def _search(value: Value, gate: Value, up: Value, region: list[Value]) -> GluOpt
                 options = GluOptions(activation, alpha, gate_max, math.inf, 0.0)
                 if _equal(glu_reference(GATES, torch.ones_like(GATES), *options, torch.float64), curve):
                     return options._replace(up_limit=up_limit, up_offset=up_offset)
-        is_bent = bool(curve.diff().diff().abs().amax() > 1e-9 * curve.abs().amax())
-        return UNKNOWN if is_bent else None
-    return None
+        return UNKNOWN if _is_bent(curve) else None
+    row, column = divmod(int(found.abs().argmax()), found.shape[1])
+    curve, factor = found[:, column], found[row] / found[row, column]
+    is_product = _equal(curve[:, None] * factor, found)
+    return UNKNOWN if is_product and _is_bent(curve) and _is_bent(factor) else None
+
+
+def _is_bent(curve: Tensor) -> bool:
+    return bool(curve.diff().diff().abs().amax() > 1e-9 * curve.abs().amax())
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

@@ -346,3 +346,16 @@ def test_leaves_a_dropped_out_activation_alone():
     compiled = graphfuse.optimize(fn, inner="eager", fullgraph=True, strict=True)
     assert compiled(*inputs()).isfinite().all()
     assert graphfuse.report(compiled).rewritten == []
+
+
+def test_refuses_gates_whose_second_factor_is_bent(verify):
+    def capped(x):
+        return 4.0 * torch.tanh(x / 4.0)
+
+    def gate(x, w, v):
+        return capped(x @ w) * torch.sigmoid(x @ w) * capped(x @ v)
+
+    report = verify(gate, tuple(torch.randn(shape, requires_grad=True) for shape in ((5, 8), (8, 12), (8, 12))))
+    assert [site.reason for site in report.refused] == [
+        "activation: expected one of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh, swish, got another function"
+    ]

@@ -53,7 +53,7 @@ ATTENTION = "aten::_scaled_dot_product_"
 
 # One pass over what is saved anyway: cheaper to run again than to keep for backward. The partitioner knows only
 # torch's own ops and would save their results.
-RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope", "glu")}
+RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope", "norm_rope", "glu", "packed_glu")}
 
 
 class JointPass(CustomGraphPass):
@@ -71,6 +71,9 @@ class JointPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for user_pass in self.user_passes:
             user_pass(graph)
+        if self.memory != "speed":
+            for node in graph.find_nodes(op="call_function", target=torch.ops.graphfuse.add_rms_norm.default):
+                normalize_again(graph, node)
         for node in graph.nodes:
             name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
             if name in RUN_ONCE or name.startswith(ATTENTION):
@@ -88,6 +91,40 @@ class JointPass(CustomGraphPass):
         if None in theirs:
             return None  # a pass that cannot be cached: then neither can this one
         return ("graphfuse", source_digest(), self.memory, *theirs)
+
+
+VIEWS = {"aten::view", "aten::reshape", "aten::t", "aten::permute", "aten::transpose", "aten::_unsafe_view"}
+
+
+def normalize_again(graph: fx.Graph, node: fx.Node) -> None:
+    """Let backward read the norm of a total that it has anyway, not the result of `add_rms_norm`, kept for it."""
+    results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    if len(results) < 2:
+        return
+    _, _, weight, *options, _, out_dtype = node.args
+    with graph.inserting_after(max(results.values())):
+        args = (results[0], weight, *options, out_dtype)
+        again = graph.call_function(torch.ops.graphfuse.rms_norm.default, args)
+    again.meta.update(results[1].meta)
+    _read_in_backward(graph, results[1], again)
+    if not again.users:
+        graph.erase_node(again)
+
+
+def _read_in_backward(graph: fx.Graph, node: fx.Node, again: fx.Node) -> None:
+    """Give the readers of a node that belong to backward another one, also through views."""
+    for user in list(node.users):
+        if user is again:
+            continue
+        if user.meta.get("partitioner_tag") == "is_backward":
+            user.replace_input_with(node, again)
+        elif isinstance(user.target, torch._ops.OpOverload) and user.target._schema.name in VIEWS:
+            with graph.inserting_after(user):
+                view = graph.call_function(user.target, (again, *user.args[1:]), user.kwargs)
+            view.meta.update(user.meta)
+            _read_in_backward(graph, user, view)
+            if not view.users:
+                graph.erase_node(view)
 
 
 @functools.cache

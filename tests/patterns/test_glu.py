@@ -346,3 +346,24 @@ def test_leaves_a_dropped_out_activation_alone():
     compiled = graphfuse.optimize(fn, inner="eager", fullgraph=True, strict=True)
     assert compiled(*inputs()).isfinite().all()
     assert graphfuse.report(compiled).rewritten == []
+
+
+PACKED = {chunked: "gate first", chunked_up_first: "up first", sliced: "gate first", viewed: "gate first"}
+PACKED |= {unbound: "gate first", gpt_oss: "interleaved"}
+
+
+@pytest.mark.parametrize(("spelling", "packing"), PACKED.items(), ids=lambda p: getattr(p, "__name__", p))
+def test_takes_packed_projections_whole(spelling, packing, verify):
+    """Nothing has to put the gradients of its parts together."""
+    (site,) = verify(spelling, inputs()).sites
+    assert site.params["packing"] == packing
+
+
+def test_takes_parts_of_a_projection_apart(verify):
+    def qkv_and_mlp(x, gate, up):
+        packed = F.linear(x, torch.cat((gate, up, up)))
+        a, b, c = packed.chunk(3, dim=-1)
+        return F.silu(a) * b, c
+
+    (site,) = verify(qkv_and_mlp, inputs()).sites
+    assert "packing" not in site.params

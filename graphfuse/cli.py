@@ -15,7 +15,7 @@ class _Benchmarks(TyperGroup):
     """Commands of which each is the `main` of a module, imported when it is called: that takes seconds."""
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return ["head", "matching", "model"]
+        return ["head", "kernels", "matching", "model"]
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         if cmd_name not in self.list_commands(ctx):

@@ -49,18 +49,21 @@ PARTITIONER: dict[str, dict[str, bool]] = {
 RUN_ONCE = {"graphfuse::linear_cross_entropy"}
 
 # Attention by any kernel: as dear as a matrix product, though the partitioner does not know it of every one.
-ATTENTION = "aten::_scaled_dot_product_"
+ATTENTION = ("aten::_scaled_dot_product_", "graphfuse::causal_attention", "graphfuse::is_lower_triangle")
 
 # One pass over what is saved anyway: cheaper to run again than to keep for backward. The partitioner knows only
 # torch's own ops and would save their results.
-RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope", "glu")}
+RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope", "norm_rope", "glu", "packed_glu")}
+
+# What only rearranges: read again through it, a value is the same.
+VIEWS = {"aten::view", "aten::reshape", "aten::t", "aten::permute", "aten::transpose", "aten::_unsafe_view"}
 
 
 class JointPass(CustomGraphPass):
     """Says which ops of graphfuse run once and which again in backward, and keys the caches below.
 
     The caches of Inductor and AOTAutograd do not look into an op: without graphfuse's own sources in their key, an
-    from before the edit. Passes that the user has set in the same place still run.
+    edited backward would be served from before the edit. Passes that the user has set in the same place still run.
     """
 
     def __init__(self, memory: str = "balanced", user_passes: Any = None) -> None:
@@ -71,23 +74,80 @@ class JointPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for user_pass in self.user_passes:
             user_pass(graph)
+        if self.memory != "speed":
+            for node in graph.find_nodes(op="call_function", target=torch.ops.graphfuse.add_rms_norm.default):
+                normalize_again(graph, node)
         for node in graph.nodes:
-            name = node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-            if name in RUN_ONCE or name.startswith(ATTENTION):
-                policy = CheckpointPolicy.MUST_SAVE
-            elif name in RECOMPUTED and self.memory != "speed" and node.meta.get("partitioner_tag") != "is_backward":
-                policy = CheckpointPolicy.MUST_RECOMPUTE
-            else:
+            policy = self._policy(node)
+            if policy is None:
                 continue
             results = [user for user in node.users if user.target is operator.getitem]
             for value in (node, *results):
                 value.meta["recompute"] = policy
+
+    def _policy(self, node: fx.Node) -> CheckpointPolicy | None:
+        """What the partitioner is told of a node, where it would not know."""
+        name = _name(node)
+        if name in RUN_ONCE:
+            return CheckpointPolicy.MUST_SAVE
+        if "recompute" in node.meta or node.meta.get("partitioner_tag") == "is_backward":
+            return None  # a checkpoint of the user's has decided
+        if name.startswith(ATTENTION):
+            return CheckpointPolicy.MUST_SAVE if self.memory == "min" else None
+        if self.memory == "speed" or name not in RECOMPUTED:
+            return None
+        # A rotation's backward does not read what was rotated: it is run again only if that is there in backward.
+        is_free = name != "graphfuse::rope" or _is_recomputed(node.args[0])
+        return CheckpointPolicy.MUST_RECOMPUTE if is_free else None
 
     def uuid(self) -> Any:
         theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.user_passes]
         if None in theirs:
             return None  # a pass that cannot be cached: then neither can this one
         return ("graphfuse", source_digest(), self.memory, *theirs)
+
+
+def _name(node: fx.Node) -> str:
+    """The qualified name of the operation, empty if it is none of the dispatcher's."""
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def _is_recomputed(node: Any) -> bool:
+    """Whether the value is, but for views, the result of an op that is run again in backward."""
+    while isinstance(node, fx.Node) and (_name(node) in VIEWS or node.target is operator.getitem):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and _name(node) in RECOMPUTED
+
+
+def normalize_again(graph: fx.Graph, node: fx.Node) -> None:
+    """Let backward read the norm of a total that it has anyway, not the result of `add_rms_norm`, kept for it."""
+    results = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    if len(results) < 2:
+        return
+    _, _, weight, *options, _, out_dtype = node.args
+    with graph.inserting_after(max(results.values())):
+        args = (results[0], weight, *options, out_dtype)
+        again = graph.call_function(torch.ops.graphfuse.rms_norm.default, args)
+    again.meta.update(results[1].meta)
+    _read_in_backward(graph, results[1], again)
+    if not again.users:
+        graph.erase_node(again)
+
+
+def _read_in_backward(graph: fx.Graph, node: fx.Node, again: fx.Node) -> None:
+    """Give the readers of a node that belong to backward another one, also through views."""
+    for user in list(node.users):
+        if user is again:
+            continue
+        if user.meta.get("partitioner_tag") == "is_backward":
+            user.replace_input_with(node, again)
+        elif _name(user) in VIEWS:
+            with graph.inserting_after(user):
+                view = graph.call_function(user.target, (again, *user.args[1:]), user.kwargs)
+            view.meta.update(user.meta)
+            _read_in_backward(graph, user, view)
+            if not view.users:
+                graph.erase_node(view)
 
 
 @functools.cache

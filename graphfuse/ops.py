@@ -11,9 +11,24 @@ a backward.
 
 from __future__ import annotations
 
+from graphfuse.kernels._packed_glu import packed_glu
+from graphfuse.kernels.add_rms_norm import add_rms_norm, rms_norm_add
 from graphfuse.kernels.glu import glu
+from graphfuse.kernels.layer_norm import layer_norm
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
+from graphfuse.kernels.norm_rope import norm_rope
 from graphfuse.kernels.rms_norm import rms_norm
 from graphfuse.kernels.rope import rope
 
-__all__ = ["glu", "linear_cross_entropy", "linear_log_probs", "rms_norm", "rope"]
+__all__ = [
+    "add_rms_norm",
+    "glu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "norm_rope",
+    "packed_glu",
+    "rms_norm",
+    "rms_norm_add",
+    "rope",
+]

@@ -1,8 +1,9 @@
 """The kernels of `rms_norm`, and how they are laid over rows and threads.
 
-A program holds one row, or several short ones; rows beyond `MAX_BLOCK` are read in blocks, twice.
-Backward launches as many programs as the GPU runs at once: each walks over rows and sums up its
-part of the weight's gradient, and a second kernel adds the parts. Always in the same order.
+A residual may be added to rows before the norm, or to its result: `add_rms_norm`. A program holds one row, or several
+short ones; rows beyond `MAX_BLOCK` are read in blocks, twice. Backward launches as many programs as the GPU runs at
+once: each walks over rows and sums up its part of the weight's gradient, and a second kernel adds the parts. Always in
+the same order.
 """
 # Shape letters: R = rows (all leading dims), D = features of a row, P = programs of backward.
 
@@ -62,6 +63,16 @@ def tl_cols(first, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def tl_load_tile(ptr, rows, N1, N2, strides, cols, mask):
+    """Return a tile in fp32, or 0 where there is no tensor."""
+    if ptr is None:
+        return 0.0
+    else:
+        ptrs = ptr + tl_row_offsets(rows, N1, N2, strides) + cols * strides[3]
+        return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def tl_load_scale(weight_ptr, stride, cols, D: tl.constexpr, OFFSET: tl.constexpr):
     """Return offset + weight."""
     scale = tl.load(weight_ptr + cols * stride, mask=cols < D, other=0.0).to(tl.float32)
@@ -111,11 +122,37 @@ def tl_normalize(
 
 
 @triton.jit
+def tl_load_sum(x_ptrs, residual_ptrs, total_ptrs, mask):
+    """Return x, or where there is a total, the rounded sum with the residual, which is stored."""
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    if total_ptrs is not None:
+        total = x + tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        total = total.to(total_ptrs.dtype.element_ty)
+        tl.store(total_ptrs, total, mask=mask)
+        x = total.to(tl.float32)
+    return x
+
+
+@triton.jit
+def tl_store_sum(y_ptrs, y, residual_ptrs, mask, ROUNDED: tl.constexpr):
+    """Store y, or where there is a residual, its sum with the rounded y."""
+    if residual_ptrs is not None:
+        if ROUNDED is not None:
+            y = y.to(ROUNDED).to(tl.float32)
+        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr,  # [N0, N1, N2, D]
     weight_ptr,  # [D] or None
+    residual_ptr,  # [N0, N1, N2, D] or None
+    total_ptr,  # [N0, N1, N2, D] or None: then the residual is added to the norm's result
     y_ptr,  # [N0, N1, N2, D]
     x_strides,
+    residual_strides,
+    total_strides,
     y_strides,
     weight_stride,
     R,  # N0 * N1 * N2
@@ -127,36 +164,62 @@ def rms_norm_kernel(
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
     NORMALIZED: tl.constexpr,  # dtype to round to before the weight, or None
+    ROUNDED: tl.constexpr,  # dtype to round to before the residual, or None
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     x_ptrs = x_ptr + tl_row_offsets(rows, N1, N2, x_strides)
     y_ptrs = y_ptr + tl_row_offsets(rows, N1, N2, y_strides)
+    cols = tl_cols(0, BLOCK_D)
+    sum_ptrs, total_ptrs, after_ptrs = None, None, None
+    if total_ptr is not None:
+        sum_ptrs = residual_ptr + tl_row_offsets(rows, N1, N2, residual_strides) + cols * residual_strides[3]
+        total_ptrs = total_ptr + tl_row_offsets(rows, N1, N2, total_strides) + cols * total_strides[3]
+    elif residual_ptr is not None:
+        after_ptrs = residual_ptr + tl_row_offsets(rows, N1, N2, residual_strides) + cols * residual_strides[3]
+    x_ptrs += cols * x_strides[3]
+    y_ptrs += cols * y_strides[3]
 
     if D <= BLOCK_D:
-        cols = tl_cols(0, BLOCK_D)
         mask = (rows < R) & (cols < D)
-        x = tl.load(x_ptrs + cols * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+        x = tl_load_sum(x_ptrs, sum_ptrs, total_ptrs, mask)
         squares = tl.sum(x * x, axis=1, keep_dims=True)
         # Rows beyond R must not divide by zero.
         rstd, _ = tl_rstd(tl.where(rows < R, squares / D, 1.0), EPS, GAIN, MODE)
         y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
-        tl.store(y_ptrs + cols * y_strides[3], y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl_store_sum(y_ptrs, y, after_ptrs, mask, ROUNDED)
     else:
         tl.static_assert(BLOCK_R == 1)
         squares = tl.zeros((1, BLOCK_D), tl.float32)
         for first in range(0, D, BLOCK_D):
-            cols = tl_cols(first, BLOCK_D)
-            x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
+            mask = first + cols < D
+            at = tl.full((), 0, tl.int64) + first
+            if total_ptr is not None:
+                x = tl_load_sum(
+                    x_ptrs + at * x_strides[3],
+                    sum_ptrs + at * residual_strides[3],
+                    total_ptrs + at * total_strides[3],
+                    mask,
+                )
+            else:
+                x = tl_load_sum(x_ptrs + at * x_strides[3], None, None, mask)
             squares += x * x
         squares = tl.sum(squares, axis=1, keep_dims=True)
         rstd, _ = tl_rstd(squares / D, EPS, GAIN, MODE)
         for first in range(0, D, BLOCK_D):
-            cols = tl_cols(first, BLOCK_D)
-            x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
-            y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
-            tl.store(y_ptrs + cols * y_strides[3], y.to(y_ptr.dtype.element_ty), mask=cols < D)
+            at = tl.full((), 0, tl.int64) + first
+            mask = at + cols < D
+            if total_ptr is not None:
+                # A thread reads what it has written itself.
+                x = tl.load(total_ptrs + at * total_strides[3], mask=mask, other=0.0).to(tl.float32)
+            else:
+                x = tl.load(x_ptrs + at * x_strides[3], mask=mask, other=0.0).to(tl.float32)
+            y = tl_normalize(x, rstd, weight_ptr, weight_stride, first + cols, D, OFFSET, NORMALIZED)
+            if after_ptrs is not None:
+                tl_store_sum(y_ptrs + at * y_strides[3], y, after_ptrs + at * residual_strides[3], mask, ROUNDED)
+            else:
+                tl_store_sum(y_ptrs + at * y_strides[3], y, None, mask, ROUNDED)
 
 
 @triton.jit
@@ -164,10 +227,12 @@ def rms_norm_backward_kernel(
     grad_ptr,  # [N0, N1, N2, D]
     x_ptr,  # [N0, N1, N2, D]
     weight_ptr,  # [D] or None
+    add_ptr,  # [N0, N1, N2, D], what is added to the gradient of x, or None
     x_grad_ptr,  # [N0, N1, N2, D]
     parts_ptr,  # [P, D] or None
     grad_strides,
     x_strides,
+    add_strides,
     x_grad_strides,
     weight_stride,
     R,  # N0 * N1 * N2
@@ -200,11 +265,9 @@ def rms_norm_backward_kernel(
         for tile in tl.range(program, tl.cdiv(R, BLOCK_R), num_programs, num_stages=STAGES):
             rows = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
             mask = (rows < R) & (cols < D)
-            x_ptrs = x_ptr + tl_row_offsets(rows, N1, N2, x_strides) + cols * x_strides[3]
-            grad_ptrs = grad_ptr + tl_row_offsets(rows, N1, N2, grad_strides)
-            x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
-            grad = tl.load(grad_ptrs + cols * grad_strides[3], mask=mask, other=0.0)
-            grad = grad.to(tl.float32)
+            x = tl_load_tile(x_ptr, rows, N1, N2, x_strides, cols, mask)
+            grad = tl_load_tile(grad_ptr, rows, N1, N2, grad_strides, cols, mask)
+            add = tl_load_tile(add_ptr, rows, N1, N2, add_strides, cols, mask)
 
             mean = tl.sum(x * x, axis=1, keep_dims=True) / D
             rstd, k = tl_rstd(tl.where(rows < R, mean, 1.0), EPS, GAIN, MODE)
@@ -213,7 +276,7 @@ def rms_norm_backward_kernel(
             if weight_ptr is not None:
                 grad = grad * scale
             slope = k * (tl.sum(grad * x, axis=1, keep_dims=True) / D)
-            x_grad = rstd * (grad - x * slope)
+            x_grad = rstd * (grad - x * slope) + add
 
             x_grad_ptrs = x_grad_ptr + tl_row_offsets(rows, N1, N2, x_grad_strides)
             x_grad_ptrs += cols * x_grad_strides[3]
@@ -224,16 +287,13 @@ def rms_norm_backward_kernel(
         tl.static_assert(BLOCK_R == 1)
         for row in range(program, R, num_programs):
             rows = row + tl.arange(0, 1)[:, None]
-            x_ptrs = x_ptr + tl_row_offsets(rows, N1, N2, x_strides)
-            grad_ptrs = grad_ptr + tl_row_offsets(rows, N1, N2, grad_strides)
             x_grad_ptrs = x_grad_ptr + tl_row_offsets(rows, N1, N2, x_grad_strides)
             squares = tl.zeros((1, BLOCK_D), tl.float32)
             products = tl.zeros((1, BLOCK_D), tl.float32)
             for first in range(0, D, BLOCK_D):
                 cols = tl_cols(first, BLOCK_D)
-                x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
-                grad = tl.load(grad_ptrs + cols * grad_strides[3], mask=cols < D, other=0.0)
-                grad = grad.to(tl.float32)
+                x = tl_load_tile(x_ptr, rows, N1, N2, x_strides, cols, cols < D)
+                grad = tl_load_tile(grad_ptr, rows, N1, N2, grad_strides, cols, cols < D)
                 if weight_ptr is not None:
                     grad = grad * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
                 squares += x * x
@@ -243,9 +303,8 @@ def rms_norm_backward_kernel(
             slope = k * (tl.sum(products, axis=1, keep_dims=True) / D)
             for first in range(0, D, BLOCK_D):
                 cols = tl_cols(first, BLOCK_D)
-                x = tl.load(x_ptrs + cols * x_strides[3], mask=cols < D, other=0.0).to(tl.float32)
-                grad = tl.load(grad_ptrs + cols * grad_strides[3], mask=cols < D, other=0.0)
-                grad = grad.to(tl.float32)
+                x = tl_load_tile(x_ptr, rows, N1, N2, x_strides, cols, cols < D)
+                grad = tl_load_tile(grad_ptr, rows, N1, N2, grad_strides, cols, cols < D)
                 if parts_ptr is not None:
                     # The part stands in memory; the program's first row finds none there yet.
                     has_part = (cols < D) & (rows != program)
@@ -253,7 +312,8 @@ def rms_norm_backward_kernel(
                     tl.store(part_ptrs + cols, part + grad * (x * rstd), mask=cols < D)
                 if weight_ptr is not None:
                     grad = grad * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
-                x_grad = (rstd * (grad - x * slope)).to(x_grad_ptr.dtype.element_ty)
+                add = tl_load_tile(add_ptr, rows, N1, N2, add_strides, cols, cols < D)
+                x_grad = (rstd * (grad - x * slope) + add).to(x_grad_ptr.dtype.element_ty)
                 tl.store(x_grad_ptrs + cols * x_grad_strides[3], x_grad, mask=cols < D)
             # The next row's threads see this row's part.
             tl.debug_barrier()

@@ -8,7 +8,6 @@ Where a position has few heads, it holds several positions.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from graphfuse.kernels._triton import tl, triton
 
 TILE = 4096  # elements of a program: four 16-byte loads a thread in bf16
 NUM_WARPS = 4
+SPREAD = True  # whether tables are loaded as x is, by every head: from the cache, and no thread waits for another
 MAX_TOKEN_DIMS = 3  # that the kernel can tell apart
 MAX_IDLE = 4 / 3  # room for heads in all programs, over heads there are
 
@@ -93,6 +93,58 @@ def tl_store_pairs(
 
 
 @triton.jit
+def tl_place(tile, N, N1, N2, H, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Return the masks [BLOCK_N, 1, 1] and [BLOCK_N, BLOCK_H, 1] of a tile, and where its heads are."""
+    # Tiles of one position follow each other: its tables stay in the cache.
+    num_head_blocks = tl.cdiv(H, BLOCK_H)
+    tokens = tile // num_head_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    heads = tile % num_head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
+    token_mask = (tokens < N)[:, None, None]
+    mask = token_mask & (heads < H)[None, :, None]
+    n2 = (tokens % N2).to(tl.int64)[:, None, None]  # offsets can exceed 2**31
+    n1 = (tokens // N2 % N1).to(tl.int64)[:, None, None]
+    n0 = (tokens // N2 // N1).to(tl.int64)[:, None, None]
+    return token_mask, mask, (n0, n1, n2, heads.to(tl.int64)[None, :, None])
+
+
+@triton.jit
+def tl_offsets(place, strides):
+    """Return where the heads of a tile begin."""
+    n0, n1, n2, h = place
+    return n0 * strides[0] + n1 * strides[1] + n2 * strides[2] + h * strides[3]
+
+
+@triton.jit
+def tl_load_tables(
+    cos_ptr,
+    sin_ptr,
+    cos_strides,
+    sin_strides,
+    place,
+    mask,
+    P: tl.constexpr,
+    TABLE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    SPREAD: tl.constexpr,
+):
+    """Return cos1, cos2, sin1 and sin2 of the rotation that is meant."""
+    n0, n1, n2, h = place
+    if SPREAD:
+        n2 = n2 + h * 0
+    cos_ptrs = cos_ptr + n0 * cos_strides[0] + n1 * cos_strides[1] + n2 * cos_strides[2]
+    sin_ptrs = sin_ptr + n0 * sin_strides[0] + n1 * sin_strides[1] + n2 * sin_strides[2]
+    cos1, cos2 = tl_load_pairs(cos_ptrs, cos_strides[3], mask, P, TABLE, BLOCK_P)
+    sin1, sin2 = tl_load_pairs(sin_ptrs, sin_strides[3], mask, P, TABLE, BLOCK_P)
+    if REVERSE:
+        sin1, sin2 = -sin1, -sin2
+    if TRANSPOSE:
+        sin1, sin2 = sin2, sin1
+    return cos1, cos2, sin1, sin2
+
+
+@triton.jit
 def tl_copy_features(
     x_ptrs,
     x_stride,
@@ -137,34 +189,30 @@ def _rope_kernel(
     BLOCK_P: tl.constexpr,  # next power of two >= P
     BLOCK_BEFORE: tl.constexpr,  # >= START
     BLOCK_AFTER: tl.constexpr,  # >= D - START - 2 * P
+    SPREAD: tl.constexpr,
 ):
-    # Programs of one position follow each other: its tables stay in the cache.
-    num_head_blocks = tl.cdiv(H, BLOCK_H)
-    tokens = tl.program_id(0) // num_head_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    heads = tl.program_id(0) % num_head_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
-    token_mask = (tokens < N)[:, None, None]
-    mask = token_mask & (heads < H)[None, :, None]
-    n2 = (tokens % N2).to(tl.int64)[:, None, None]  # offsets can exceed 2**31
-    n1 = (tokens // N2 % N1).to(tl.int64)[:, None, None]
-    n0 = (tokens // N2 // N1).to(tl.int64)[:, None, None]
-    h = heads.to(tl.int64)[None, :, None]
-
-    x_ptrs = x_ptr + n0 * x_strides[0] + n1 * x_strides[1] + n2 * x_strides[2] + h * x_strides[3]
-    y_ptrs = y_ptr + n0 * y_strides[0] + n1 * y_strides[1] + n2 * y_strides[2] + h * y_strides[3]
-    cos_ptrs = cos_ptr + n0 * cos_strides[0] + n1 * cos_strides[1] + n2 * cos_strides[2]
-    sin_ptrs = sin_ptr + n0 * sin_strides[0] + n1 * sin_strides[1] + n2 * sin_strides[2]
+    token_mask, mask, place = tl_place(tl.program_id(0), N, N1, N2, H, BLOCK_N, BLOCK_H)
+    x_ptrs = x_ptr + tl_offsets(place, x_strides)
+    y_ptrs = y_ptr + tl_offsets(place, y_strides)
     x_stride = x_strides[4]
     y_stride = y_strides[4]
     start = tl.full((), START, tl.int64)
 
     a, b = tl_load_pairs(x_ptrs + start * x_stride, x_stride, mask, P, LAYOUT, BLOCK_P)
-    cos1, cos2 = tl_load_pairs(cos_ptrs, cos_strides[3], token_mask, P, TABLE, BLOCK_P)
-    sin1, sin2 = tl_load_pairs(sin_ptrs, sin_strides[3], token_mask, P, TABLE, BLOCK_P)
-
-    if REVERSE:
-        sin1, sin2 = -sin1, -sin2
-    if TRANSPOSE:
-        sin1, sin2 = sin2, sin1
+    cos1, cos2, sin1, sin2 = tl_load_tables(
+        cos_ptr,
+        sin_ptr,
+        cos_strides,
+        sin_strides,
+        place,
+        mask if SPREAD else token_mask,
+        P,
+        TABLE,
+        REVERSE,
+        TRANSPOSE,
+        BLOCK_P,
+        SPREAD,
+    )
     p = a * cos1 - b * sin1
     q = b * cos2 + a * sin2
 
@@ -197,6 +245,55 @@ def broadcast(
     return (*(0,) * missing, *steps)
 
 
+Table = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+class Walk(NamedTuple):
+    """Sizes and strides as the kernels take them."""
+
+    tokens: int
+    inner: tuple[int, int]  # N1, N2
+    heads: int
+    strides: tuple[tuple[int, ...], ...]  # of each tensor: N0, N1, N2, H, D
+    tables: tuple[tuple[int, ...], ...]  # of each table: N0, N1, N2, T
+
+
+@lru_cache(maxsize=4096)
+def plan_walk(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],  # of each tensor, first of one that is dense
+    cos: Table,
+    sin: Table,
+    head_dim: int | None = None,
+) -> Walk | None:
+    """Choose the heads, unless that is done, and fold the other leading dims; None if too many are left."""
+    width = cos[0][-1]
+    tables = [broadcast(*table, (*shape[:-1], width)) for table in (cos, sin)]
+    leading = list(zip(shape[:-1], *(stride[:-1] for stride in (*strides, *tables)), strict=True))
+    nothing = (1, (0,) * (len(strides) + 2))
+    if head_dim is None:
+        dims = fold(*zip(*leading, strict=True)) if leading else []
+        # The innermost dim along which the tables do not change.
+        heads = next((dim for dim in reversed(dims) if dim[1][-2:] == (0, 0)), nothing)
+        tokens = [dim for dim in dims if dim is not heads]
+    else:
+        size, *steps = leading.pop(head_dim)
+        heads = (size, tuple(steps))
+        tokens = fold(*zip(*leading, strict=True)) if leading else []
+    if len(tokens) > MAX_TOKEN_DIMS:
+        return None
+    tokens = [nothing] * (MAX_TOKEN_DIMS - len(tokens)) + tokens
+    walks = list(zip(*(steps for _, steps in tokens), strict=True))
+    (n0, _), (n1, _), (n2, _) = tokens
+    return Walk(
+        tokens=n0 * n1 * n2,
+        inner=(n1, n2),
+        heads=heads[0],
+        strides=tuple((*walk, heads[1][k], strides[k][-1]) for k, walk in enumerate(walks[:-2])),
+        tables=tuple((*walk, table[-1]) for walk, table in zip(walks[-2:], tables, strict=True)),
+    )
+
+
 class Launch(NamedTuple):
     """What follows from sizes, strides and options alone: computed once, since Python is slow."""
 
@@ -210,28 +307,19 @@ def plan_launch(
     shape: tuple[int, ...],
     x_stride: tuple[int, ...],
     y_stride: tuple[int, ...],
-    cos: tuple[tuple[int, ...], tuple[int, ...]],  # shape and strides
-    sin: tuple[tuple[int, ...], tuple[int, ...]],
+    cos: Table,
+    sin: Table,
     rotation: Rotation,
     tile: int,
 ) -> Launch | None:
-    """Choose the heads and fold the other leading dims; None if too many are left."""
-    width = cos[0][-1]
-    cos_stride, sin_stride = (broadcast(*table, (*shape[:-1], width)) for table in (cos, sin))
-    leading = (stride[:-1] for stride in (y_stride, x_stride, cos_stride, sin_stride))
-    dims = fold(shape[:-1], *leading)
-    nothing = (1, (0, 0, 0, 0))
-    # The innermost dim along which the tables do not change.
-    heads = next((dim for dim in reversed(dims) if dim[1][2:] == (0, 0)), nothing)
-    tokens = [dim for dim in dims if dim is not heads]
-    if len(tokens) > MAX_TOKEN_DIMS:
+    """Lay heads and tokens out over programs; None if there is no walk."""
+    walk = plan_walk(shape, (y_stride, x_stride), cos, sin)
+    if walk is None:
         return None
-    tokens = [nothing] * (MAX_TOKEN_DIMS - len(tokens)) + tokens
-    walks = zip(*(strides for _, strides in tokens), strict=True)
-    y_walk, x_walk, cos_walk, sin_walk = walks
-    num_tokens = math.prod(size for size, _ in tokens)
-    num_heads, (y_head_stride, x_head_stride, *_) = heads
+    (y_walk, x_walk), tables = walk.strides, walk.tables
+    num_tokens, num_heads = walk.tokens, walk.heads
 
+    width = cos[0][-1]
     pairs = rotation.features(width) // 2
     before, after = rotation.start, shape[-1] - rotation.start - 2 * pairs
     block_p = triton.next_power_of_2(pairs)
@@ -243,13 +331,11 @@ def plan_launch(
     return Launch(
         grid=(triton.cdiv(num_tokens, block_n) * triton.cdiv(num_heads, block_h),),
         args=(
-            (*x_walk, x_head_stride, x_stride[-1]),
-            (*cos_walk, cos_stride[-1]),
-            (*sin_walk, sin_stride[-1]),
-            (*y_walk, y_head_stride, y_stride[-1]),
+            x_walk,
+            *tables,
+            y_walk,
             num_tokens,
-            tokens[1][0],
-            tokens[2][0],
+            *walk.inner,
             num_heads,
         ),
         constants={
@@ -266,6 +352,7 @@ def plan_launch(
             "BLOCK_P": block_p,
             "BLOCK_BEFORE": block_before,
             "BLOCK_AFTER": block_after,
+            "SPREAD": SPREAD,
             "num_warps": NUM_WARPS,
         },
     )

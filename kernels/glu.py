@@ -101,7 +101,7 @@ def _clamp(gate: Tensor, up: Tensor, options: GluOptions) -> tuple[Tensor, Tenso
     return gate, up + options.up_offset
 
 
-def _differentiate(
+def differentiate(
     grad: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -120,23 +120,23 @@ def _differentiate(
     return gate_grad, up_grad
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 torch.library.define(
     "graphfuse::glu",
     "(Tensor gate, Tensor up, str activation, float alpha, float gate_max, float up_limit, "
     "float up_offset, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
 torch.library.define(
     "graphfuse::glu_backward",
     "(Tensor grad, Tensor gate, Tensor up, str activation, float alpha, float gate_max, "
     "float up_limit, float up_offset) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 
-def _launches(*tensors: Tensor) -> bool:
+def launches(*tensors: Tensor) -> bool:
     dtypes = (tensor.dtype for tensor in tensors)
     return tensors[0].is_cuda and HAS_TRITON and _compute_dtype(*dtypes) == torch.float32
 
@@ -153,7 +153,7 @@ def _forward(
 ) -> Tensor:
     y = torch.empty_like(gate, dtype=out_dtype)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
-    if _launches(gate, up, y):
+    if launches(gate, up, y):
         glu_triton_(gate, up, y, options)
         return y
     return y.copy_(glu_reference(gate, up, *options, out_dtype))
@@ -171,10 +171,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
-    if _launches(grad, gate, up):
+    if launches(grad, gate, up):
         glu_backward_triton_(grad, gate, up, gate_grad, up_grad, options)
         return gate_grad, up_grad
-    grads = _differentiate(grad, gate, up, options)
+    grads = differentiate(grad, gate, up, options)
     return gate_grad.copy_(grads[0]), up_grad.copy_(grads[1])
 
 
@@ -249,15 +249,20 @@ def glu(
     Source: Shazeer 2020, https://arxiv.org/abs/2002.05202
     """
     out_dtype = out_dtype or gate.dtype
-    for name, dtype in (("gate", gate.dtype), ("up", up.dtype), ("out_dtype", out_dtype)):
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
     if up.shape != gate.shape:
         raise ValueError(f"up: expected shape {tuple(gate.shape)}, got {tuple(up.shape)}")
+    check({"gate": gate.dtype, "up": up.dtype, "out_dtype": out_dtype}, activation, up_limit)
+    options = (activation, alpha, gate_max, up_limit, up_offset)
+    y: Tensor = torch.ops.graphfuse.glu(gate, up, *options, out_dtype)
+    return y
+
+
+def check(dtypes: dict[str, torch.dtype], activation: str, up_limit: float) -> None:
+    """Raise unless dtypes and options are those of `glu`."""
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation}")
     if not up_limit >= 0:
         raise ValueError(f"up_limit: expected 0 or a positive number, got {up_limit}")
-    options = (activation, alpha, gate_max, up_limit, up_offset)
-    y: Tensor = torch.ops.graphfuse.glu(gate, up, *options, out_dtype)
-    return y

@@ -61,7 +61,7 @@ def rms_norm_reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Say what the op computes, in differentiable torch operations."""
-    compute = _compute_dtype(x, weight, out_dtype)
+    compute = compute_dtype(x, weight, out_dtype)
     h = x.to(compute)
     if mode == "inside":
         rstd = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -77,7 +77,7 @@ def rms_norm_reference(
     return h.to(out_dtype)
 
 
-def _differentiate(
+def differentiate(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -85,7 +85,7 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight, in the dtype they are computed in."""
     eps, gain, offset, mode = options
-    compute = _compute_dtype(x, weight, grad.dtype)
+    compute = compute_dtype(x, weight, grad.dtype)
     grad, x = grad.to(compute), x.to(compute)
     mean = x.square().mean(-1, keepdim=True)
     if mode == "inside":
@@ -106,64 +106,84 @@ def _differentiate(
     return rstd * (grad - x * (k * (grad * x).mean(-1, keepdim=True))), weight_grad
 
 
-def _compute_dtype(x: Tensor, weight: Tensor | None, other: torch.dtype) -> torch.dtype:
+def compute_dtype(x: Tensor, weight: Tensor | None, other: torch.dtype) -> torch.dtype:
     dtypes = (x.dtype, other, other if weight is None else weight.dtype)
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _launches(x: Tensor, weight: Tensor | None, other: torch.dtype) -> bool:
+def launches(x: Tensor, weight: Tensor | None, other: torch.dtype) -> bool:
     """Whether the kernels run, rather than the reference."""
-    if not (x.is_cuda and HAS_TRITON) or _compute_dtype(x, weight, other) == torch.float64:
+    if not (x.is_cuda and HAS_TRITON) or compute_dtype(x, weight, other) == torch.float64:
         return False
     return x.numel() <= MAX_ROWS * x.shape[-1]
 
 
-def _launch_forward(
+def launch_forward(
     x: Tensor,
     weight: Tensor | None,
     y: Tensor,
     options: NormOptions,
     normalized_dtype: torch.dtype,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+    rounded_dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Launch the kernel, which writes `y`."""
+    """Launch the kernel, which writes `y`, and `total` = x + residual.
+
+    Without a `total`, the residual is added to what is normalized, after that was rounded.
+    """
     if x.numel() == 0:
         return
-    (x,), walk = walk_over((x,), y)
+    inputs, walk = walk_over((x,) if residual is None else (x, residual), y)
+    x = inputs[0]
+    x_strides, y_strides = walk.strides[0], walk.strides[-1]
+    residual_strides = x_strides if residual is None else walk.strides[1]
     launch = plan_forward(x.shape[-1], walk.rows)
-    rounding = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(normalized_dtype)
     with torch.cuda.device(x.device.index if x.is_cuda else -1):
         rms_norm_kernel[(triton.cdiv(walk.rows, launch.block_r),)](
             x,
             weight,
+            None if residual is None else inputs[1],
+            total,
             y,
-            *walk.strides,
+            x_strides,
+            residual_strides,
+            y_strides,  # a total has the layout of y
+            y_strides,
             0 if weight is None else weight.stride(0),
             walk.rows,
             walk.n1,
             walk.n2,
             x.shape[-1],
             *options,
-            NORMALIZED=rounding,
+            NORMALIZED=rounding(normalized_dtype),
+            ROUNDED=rounding(rounded_dtype),
             BLOCK_R=launch.block_r,
             BLOCK_D=launch.block_d,
             num_warps=launch.num_warps,
         )
 
 
-def _launch_backward(
+def rounding(dtype: torch.dtype) -> Any:
+    """Return what Triton calls a dtype that rounds fp32, or None."""
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype)
+
+
+def launch_backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
     x_grad: Tensor,
     weight_grad: Tensor | None,
     options: NormOptions,
+    add: Tensor | None = None,
 ) -> None:
-    """Launch the kernels, which write `x_grad`, and `weight_grad` unless that is None."""
+    """Launch the kernels, which write `x_grad`, with `add` added, and `weight_grad` unless that is None."""
     if x.numel() == 0:
         if weight_grad is not None:
             weight_grad.zero_()
         return
-    (grad, x), walk = walk_over((grad, x), x_grad)
+    inputs, walk = walk_over((grad, x) if add is None else (grad, x, add), x_grad)
     features = x.shape[-1]
     launch = plan_backward(features, walk.rows)
     tiles = triton.cdiv(walk.rows, launch.block_r)
@@ -173,12 +193,16 @@ def _launch_backward(
         parts = torch.empty(num_programs, features, dtype=torch.float32, device=x.device)
     with torch.cuda.device(x.device.index if x.is_cuda else -1):
         rms_norm_backward_kernel[(num_programs,)](
-            grad,
-            x,
+            inputs[0],
+            inputs[1],
             weight,
+            None if add is None else inputs[2],
             x_grad,
             parts,
-            *walk.strides,
+            walk.strides[0],
+            walk.strides[1],
+            walk.strides[-1 if add is None else 2],
+            walk.strides[-1],
             0 if weight is None else weight.stride(0),
             walk.rows,
             walk.n1,
@@ -239,8 +263,8 @@ def _forward(
 ) -> Tensor:
     y = torch.empty_like(x, dtype=out_dtype)
     options = NormOptions(eps, gain, offset, mode)
-    if _launches(x, weight, out_dtype):
-        _launch_forward(x, weight, y, options, normalized_dtype)
+    if launches(x, weight, out_dtype):
+        launch_forward(x, weight, y, options, normalized_dtype)
         return y
     return y.copy_(rms_norm_reference(x, weight, *options, normalized_dtype, out_dtype))
 
@@ -255,20 +279,20 @@ def _backward(
     mode: str,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    x_grad, weight_grad = _empty_gradients(x, weight, need_weight)
+    x_grad, weight_grad = empty_gradients(x, weight, need_weight)
     options = NormOptions(eps, gain, offset, mode)
-    if _launches(x, weight, grad.dtype):
+    if launches(x, weight, grad.dtype):
         wanted = weight_grad if weight is not None and need_weight else None
-        _launch_backward(grad, x, weight, x_grad, wanted, options)
+        launch_backward(grad, x, weight, x_grad, wanted, options)
         return x_grad, weight_grad
-    grads = _differentiate(grad, x, weight, options)
+    grads = differentiate(grad, x, weight, options)
     x_grad.copy_(grads[0])
     if weight is not None and need_weight:
         weight_grad.copy_(grads[1])
     return x_grad, weight_grad
 
 
-def _empty_gradients(x: Tensor, weight: Tensor | None, need_weight: bool) -> tuple[Tensor, Tensor]:
+def empty_gradients(x: Tensor, weight: Tensor | None, need_weight: bool) -> tuple[Tensor, Tensor]:
     """Allocate the results of backward; that of weight has no elements if not needed."""
     x_grad = torch.empty_like(x)
     if weight is not None and need_weight:
@@ -287,7 +311,7 @@ def _(x, weight, eps, gain, offset, mode, normalized_dtype, out_dtype):
 
 @torch.library.register_fake("graphfuse::rms_norm_backward")
 def _(grad, x, weight, eps, gain, offset, mode, need_weight):
-    return _empty_gradients(x, weight, need_weight)
+    return empty_gradients(x, weight, need_weight)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -260,13 +260,14 @@ def rope(
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
-    _check_shapes(x, cos, sin, table, start)
+    check_shapes(x, cos, sin, table, start)
     args = (layout, out_layout, table, reverse, start, out_dtype)
     y: Tensor = torch.ops.graphfuse.rope(x, cos, sin, *args)
     return y
 
 
-def _check_shapes(x: Tensor, cos: Tensor, sin: Tensor, table: str, start: int) -> None:
+def check_shapes(x: Tensor, cos: Tensor, sin: Tensor, table: str, start: int) -> None:
+    """Raise ValueError unless x and its tables fit."""
     if x.ndim == 0:
         raise ValueError("x: expected at least 1 dimension, got 0")
     width = cos.shape[-1] if cos.ndim else 0

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from graphfuse.match import Pattern
-from graphfuse.patterns import causal_attention, glu, layer_norm, linear_cross_entropy, rms_norm, rope
+from graphfuse.patterns import (
+    add_rms_norm,
+    causal_attention,
+    glu,
+    layer_norm,
+    linear_cross_entropy,
+    norm_rope,
+    rms_norm,
+    rope,
+)
 
 CATALOGUE: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
     causal_attention.PATTERN,
+    norm_rope.PATTERN,
     rope.PATTERN,
     layer_norm.PATTERN,
+    add_rms_norm.PATTERN,
     rms_norm.PATTERN,
     glu.PATTERN,
 )

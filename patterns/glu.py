@@ -25,10 +25,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse import algebra
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint
+from graphfuse.kernels import _packed_glu  # noqa: F401  (registers the op)
 from graphfuse.kernels._glu_kernel import GluOptions
 from graphfuse.kernels.glu import glu_reference
 from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, argument, narrows, number, rounded, short
-from graphfuse.shadow import LEAF, Shadow, Value
+from graphfuse.shadow import LEAF, Shadow, Value, hint
 
 aten = torch.ops.aten
 
@@ -211,15 +212,18 @@ def _build(value: Value, gate: Value, up: Value, options: GluOptions, shadow: Sh
         words.append("clamped")
     if options.up_offset:
         words.append(f"up {options.up_offset:+g}")
-    if (packed := _packing(gate, up)) is not None:
-        words.append(packed)
+    packing = _packing(gate, up)
+    if packing is not None:
+        words.append("interleaved" if packing == "interleaved" else "packed")
     output = _rounded(value, shadow)
+    params = {**options._asdict(), "out_dtype": output.dtype}
+    is_one = packing is not None and gate.args[0] in shadow.node_of
     return Match(
         pattern="glu",
         outputs=(output,),
-        inputs=(gate, up),
-        replacement=replacement,
-        params={**options._asdict(), "out_dtype": output.dtype},
+        inputs=(gate.args[0],) if is_one else (gate, up),
+        replacement=packed_replacement if is_one else replacement,
+        params=params | ({"packing": packing, "rank": len(gate.shape)} if is_one else {}),
         variant=", ".join([*words, short(gate.dtype)]),
         covers={"glu": 1},
         formula=_formula(options),
@@ -248,12 +252,15 @@ def _packed(value: Value, shadow: Shadow) -> Match | None:
     if not _is_projection(packed):
         return None
     output = _rounded(value, shadow)
+    params = {**GluOptions("sigmoid")._asdict(), "out_dtype": output.dtype}
+    dim = argument(value, 1, "dim", -1)
+    is_last = dim % packed.tensor.dim() == packed.tensor.dim() - 1
     return Match(
         pattern="glu",
         outputs=(output,),
         inputs=(packed,),
-        replacement=packed_replacement,
-        params={"dim": argument(value, 1, "dim", -1), **GluOptions("sigmoid")._asdict(), "out_dtype": output.dtype},
+        replacement=packed_replacement if is_last else halves_replacement,
+        params=params | ({"packing": "up first", "rank": packed.tensor.dim()} if is_last else {"dim": dim}),
         variant=f"sigmoid, packed, {short(packed.dtype)}",
         covers={"glu": 1},
         formula=_formula(GluOptions("sigmoid")),
@@ -268,10 +275,23 @@ def _rounded(value: Value, shadow: Shadow) -> Value:
 
 
 def _packing(gate: Value, up: Value) -> str | None:
-    """How gate and up lie in one packed projection, if they do."""
+    """How gate and up lie in one packed projection, if they are all of it."""
     if gate.op not in INDEXING or up.op not in INDEXING or gate.args[0] is not up.args[0]:
         return None
-    return "interleaved" if gate.tensor.stride(-1) == 2 else "packed"
+    whole = gate.args[0]
+    sizes, steps = list(whole.shape), [hint(step) for step in whole.tensor.stride()]
+    if len(sizes) == len(gate.shape) + 1 and steps[-2] == sizes[-1] * steps[-1]:  # gate and up have a dimension
+        sizes[-2:], steps[-2:] = [sizes[-2] * sizes[-1]], steps[-1:]
+    if gate.shape != up.shape or sizes != [*gate.shape[:-1], 2 * gate.shape[-1]]:
+        return None
+    start = hint(whole.tensor.storage_offset())
+    begins = [(hint(half.tensor.storage_offset()) - start) // steps[-1] for half in (gate, up)]
+    strides = {hint(half.tensor.stride(-1)) // steps[-1] for half in (gate, up)}
+    if strides == {2} and begins == [0, 1]:
+        return "interleaved"
+    if strides == {1} and sorted(begins) == [0, sizes[-1] // 2]:
+        return "gate first" if begins[0] == 0 else "up first"
+    return None
 
 
 def replacement(
@@ -292,8 +312,28 @@ def replacement(
     return result
 
 
-def packed_replacement(packed: Tensor, *, dim: int, **params: Any) -> Tensor:
-    """The same where `up` and gate are halves of one tensor."""
+def packed_replacement(
+    packed: Tensor,
+    *,
+    packing: str,
+    rank: int,
+    activation: str,
+    alpha: float,
+    gate_max: float,
+    up_limit: float,
+    up_offset: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """The same where gate and up are all of one tensor: so are their gradients."""
+    packed = packed.flatten(rank - 1)
+    result: Tensor = torch.ops.graphfuse.packed_glu.default(
+        packed, packing, activation, alpha, gate_max, up_limit, up_offset, out_dtype
+    )
+    return result
+
+
+def halves_replacement(packed: Tensor, *, dim: int, **params: Any) -> Tensor:
+    """The same where `up` and gate are halves of one tensor along another dimension."""
     halves = packed.chunk(2, dim)
     return replacement(halves[1], halves[0], **params)
 

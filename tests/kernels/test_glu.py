@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from graphfuse.kernels import _glu_kernel as kernel
+from graphfuse.kernels import _packed_glu as packed_module
 from graphfuse.kernels import glu as module
+from graphfuse.kernels._packed_glu import PACKINGS, packed_glu, unpack
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.glu import ACTIVATIONS, glu, glu_reference
 from graphfuse.testing import assert_no_worse
@@ -29,7 +31,8 @@ NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 @pytest.fixture(params=["torch", pytest.param("triton", marks=NEEDS_TRITON)])
 def path(request, monkeypatch):
     """Everything in torch operations, or as a kernel."""
-    monkeypatch.setattr(module, "_launches", lambda *tensors: request.param == "triton")
+    for place in (module, packed_module):
+        monkeypatch.setattr(place, "launches", lambda *tensors: request.param == "triton")
     return request.param
 
 
@@ -268,3 +271,49 @@ def test_reaches_beyond_two_gigaelements(which):
     gate, up = STRIDES[which](packed)
     expected = glu_reference(gate[-1:], up[-1:], *SILU, packed.dtype)
     torch.testing.assert_close(glu(gate, up)[-1:], expected)
+
+
+def packed_reference(packed, packing, *options):
+    return glu_reference(*unpack(packed, packing), *options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("options", [SILU, GPT_OSS], ids=str)
+def test_packed_is_no_worse_than_eager(path, device, options, packing, dtype):
+    skip_bf16_in_the_interpreter(path, device, dtype)
+    packed = (torch.randn(3, 5, 46, device=device) * 4).to(dtype).requires_grad_()
+    assert_no_worse(torch.ops.graphfuse.packed_glu, packed_reference, (packed, packing, *options, dtype))
+
+
+def test_packed_gradients_share_a_tensor(path, device):
+    packed = torch.randn(7, 32, device=device, requires_grad=True)
+    gate, up = unpack(packed.detach(), "up first")
+    y = packed_glu(packed, packing="up first", activation="gelu")
+    assert torch.equal(y, glu(gate, up, activation="gelu"))
+    (grad,) = torch.autograd.grad(y.sum(), packed)
+    separate = glu(gate.requires_grad_(), up.requires_grad_(), activation="gelu")
+    grads = torch.autograd.grad(separate.sum(), (gate, up))
+    assert all(torch.equal(a, b) for a, b in zip(unpack(grad, "up first"), grads, strict=True))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packed_opcheck(device, packing):
+    packed = torch.randn(3, 10, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.graphfuse.packed_glu.default, (packed, packing, *GPT_OSS, torch.float16))
+    args = (torch.randn(3, 5, device=device), packed.detach(), packing, *GPT_OSS)
+    torch.library.opcheck(torch.ops.graphfuse.packed_glu_backward.default, args)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"packed": torch.ones(3, 5)}, ValueError, "packed: expected an even number of features, got shape (3, 5)"),
+        ({"packing": "halves"}, ValueError, "packing: expected one of gate first, up first, interleaved, got halves"),
+        ({"packed": torch.ones(4).int()}, TypeError, "packed: expected fp16, bf16, fp32 or fp64, got torch.int32"),
+        ({"activation": "sin"}, ValueError, "activation: expected one of"),
+    ],
+)
+def test_packed_says_what_is_wrong(changed, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        packed_glu(**({"packed": torch.ones(3, 4)} | changed))

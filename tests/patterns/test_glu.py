@@ -359,3 +359,24 @@ def test_refuses_gates_whose_second_factor_is_bent(verify):
     assert [site.reason for site in report.refused] == [
         "activation: expected one of silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh, swish, got another function"
     ]
+
+
+PACKED = {chunked: "gate first", chunked_up_first: "up first", sliced: "gate first", viewed: "gate first"}
+PACKED |= {unbound: "gate first", gpt_oss: "interleaved"}
+
+
+@pytest.mark.parametrize(("spelling", "packing"), PACKED.items(), ids=lambda p: getattr(p, "__name__", p))
+def test_takes_packed_projections_whole(spelling, packing, verify):
+    """Nothing has to put the gradients of its parts together."""
+    (site,) = verify(spelling, inputs()).sites
+    assert site.params["packing"] == packing
+
+
+def test_takes_parts_of_a_projection_apart(verify):
+    def qkv_and_mlp(x, gate, up):
+        packed = F.linear(x, torch.cat((gate, up, up)))
+        a, b, c = packed.chunk(3, dim=-1)
+        return F.silu(a) * b, c
+
+    (site,) = verify(qkv_and_mlp, inputs()).sites
+    assert "packing" not in site.params

@@ -143,7 +143,7 @@ def _read_in_backward(graph: fx.Graph, node: fx.Node, again: fx.Node) -> None:
             user.replace_input_with(node, again)
         elif _name(user) in VIEWS:
             with graph.inserting_after(user):
-                view = graph.call_function(user.target, (again, *user.args[1:]), user.kwargs)
+                view = graph.create_node(user.op, user.target, (again, *user.args[1:]), user.kwargs)
             view.meta.update(user.meta)
             _read_in_backward(graph, user, view)
             if not view.users:

@@ -65,6 +65,8 @@ def _triangle(like: Tensor) -> Tensor:
 
 def _repeat(states: Tensor, query: Tensor) -> Tensor:
     """One head of keys or values for each head of queries."""
+    if states.shape[1] == query.shape[1]:
+        return states
     return states.repeat_interleave(query.shape[1] // states.shape[1], 1)
 
 
@@ -87,27 +89,35 @@ def _backend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     return SDPBackend(choice)
 
 
-def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """A mask as the fused kernels add it: (B, H, S, T) in the dtype of the queries, rows aligned to 8 elements."""
-    if mask is None:
+def _bias(mask: Tensor | None, query: Tensor, backend: SDPBackend) -> Tensor | None:
+    """A mask as the fused kernels add it: in the dtype of the queries, with 4 dims.
+
+    One kernel wants all heads, and rows aligned to 8 elements; the others want rows without gaps.
+    """
+    if mask is None or backend == SDPBackend.MATH:
         return None
     length = mask.shape[-1]
-    bias = query.new_empty((*mask.shape[:-1], -(-length // 8) * 8))[..., :length]
+    is_padded = backend == SDPBackend.EFFICIENT_ATTENTION
+    bias = query.new_empty((*mask.shape[:-1], -(-length // 8) * 8 if is_padded else length))[..., :length]
     if mask.dtype == torch.bool:
         bias.zero_().masked_fill_(~mask, -torch.inf)
     else:
         bias.copy_(mask)
-    return bias.expand(*query.shape[:-1], length)
+    if is_padded:
+        return bias.expand(*query.shape[:-1], length)
+    return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
     """The kernel, and the inputs as it takes them: groups are for the causal kernels on GPUs."""
-    backend = _backend(query, key, value, mask, scale) if mask is None or key.shape[1] == query.shape[1] else None
+    if mask is not None:
+        key, value = _repeat(key, query), _repeat(value, query)
+    backend = _backend(query, key, value, mask, scale)
     knows_groups = query.is_cuda and backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     if query.shape[1] != key.shape[1] and not knows_groups:
         key, value = _repeat(key, query), _repeat(value, query)
         backend = _backend(query, key, value, mask, scale)
-    return backend, key, value, None if backend == SDPBackend.MATH else _bias(mask, query)
+    return backend, key, value, _bias(mask, query, backend)
 
 
 def _forward(

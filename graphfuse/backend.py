@@ -16,13 +16,14 @@ from torch import Tensor, fx
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed
 
-from graphfuse import lazy_outputs, logs
+from graphfuse import logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import gather
 from graphfuse.inner import compile_inner
-from graphfuse.lazy_outputs import Plan
+from graphfuse.lazy import outputs as lazy_outputs
+from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
 from graphfuse.record import GraphRecord, keep

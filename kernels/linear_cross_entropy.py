@@ -122,7 +122,8 @@ def linear_cross_entropy(
         TypeError: A dtype is not one of those above, or `weight` or `bias` has another than `hidden`.
         ValueError: Shapes do not fit, or an option is out of its range.
         IndexError: On CPU, a target is outside the classes.
-        RuntimeError: In backward, with `create_graph`: there is no second derivative.
+        RuntimeError: In backward, with `create_graph`: there is no second derivative. Under `torch.func.grad` and
+            others that make derivatives without autograd (`vmap` alone is fine).
 
     Numerics: logits are rounded to the dtype of `hidden` once, the rest is fp32 (fp64 for fp64) until the gradient of
     the logits is rounded for the last two GEMMs. The weight's gradient is summed over the chunks in fp32, and in
@@ -203,7 +204,8 @@ def linear_log_probs(
         TypeError: A dtype is not one of those above, or `weight` or `bias` has another than `hidden`.
         ValueError: Shapes do not fit, or an option is out of its range.
         IndexError: On CPU, a target is outside the classes.
-        RuntimeError: In backward, with `create_graph`: there is no second derivative.
+        RuntimeError: In backward, with `create_graph`: there is no second derivative. Under `torch.func.grad` and
+            others that make derivatives without autograd (`vmap` alone is fine).
 
     Numerics: as in `linear_cross_entropy`; backward computes the logits again.
     Source: Liger-Kernel, https://arxiv.org/abs/2410.10989
@@ -275,8 +277,26 @@ def _prepare(
         raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
     if chunk_size is not None and chunk_size < 0:
         raise ValueError(f"chunk_size: expected None or a number of tokens, got {chunk_size}")
+    _reject_transforms(hidden, weight, bias)
     rows = hidden.reshape(-1, hidden.shape[-1])
     return _Head(rows, weight, bias, target.shape, (logit_scale, softcap or 0.0, chunk_size or 0, compact))
+
+
+def _reject_transforms(*tensors: Tensor | None) -> None:
+    """vmap alone is fine; derivatives as functions are not those of autograd."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if torch._C._are_functorch_transforms_active() and tensor.requires_grad:
+            inner = tensor
+            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+                if torch._C._functorch.is_gradtrackingtensor(inner):
+                    raise RuntimeError("torch.func: expected no grad, vjp or jacrev of this op, got one; use autograd")
+                inner = torch._C._functorch.get_unwrapped(inner)
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError("torch.func: expected no forward-mode derivative of this op, got one; use autograd")
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import graphfuse
 from graphfuse.lazy import LazyLogits, materialised
@@ -99,6 +100,9 @@ UNREAD = {
     "nll of log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), y.view(-1)),
     "gathered": lambda z, y: -z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(),
     "selective": lambda z, y: -selective_log_softmax(z, y).mean(),
+    "by keyword": lambda z, y: F.nll_loss(
+        torch.log_softmax(input=torch.flatten(input=z, end_dim=1), dim=-1), y.view(-1)
+    ),
     "temperature": lambda z, y: F.cross_entropy((z / 0.7).view(-1, V), y.view(-1)),
     "mask of tokens": lambda z, y: F.cross_entropy(z[y > V // 4], y[y > V // 4]),
     "rows by number": lambda z, y: F.cross_entropy(z[0].index_select(0, torch.tensor([3, 1])), y[0, [3, 1]]),
@@ -115,6 +119,9 @@ READ = {
     "some classes": lambda z, y: z[..., :10].square().sum(),
     "loss with probabilities": lambda z, y: F.cross_entropy(z.view(-1, V), z.detach().view(-1, V).softmax(-1)),
     "divergence": lambda z, y: F.kl_div(z.log_softmax(-1), z.detach().roll(1, -1).softmax(-1), reduction="batchmean"),
+    "bits": lambda z, y: z.detach().view(torch.int32).float().mean(),
+    "small targets": lambda z, y: F.cross_entropy(z.view(-1, V), (y % 200).to(torch.uint8).view(-1)),
+    "checkpointed loss": lambda z, y: checkpoint(lambda z: F.cross_entropy(z[0], y[0]), z, use_reentrant=True),
     "concatenated": lambda z, y: torch.cat([z, z], 1).square().mean(),
 }
 
@@ -147,6 +154,13 @@ def test_computes_no_logits_for(use, settings, tokens, count):
     model, compiled = pair(**settings)
     assert_same(model, compiled, lambda m: use(m(tokens), tokens))
     assert isinstance(compiled(tokens), LazyLogits)
+    assert not count, count
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale": 0.5, "bias": True}], ids=str)
+def test_computes_no_logits_for_a_soft_cap_outside(settings, tokens, count):
+    model, compiled = pair(**settings)
+    assert_same(model, compiled, lambda m: F.cross_entropy((torch.tanh(m(tokens) / 3.0) * 3.0)[0], tokens[0]))
     assert not count, count
 
 
@@ -229,6 +243,42 @@ def test_refuses_to_be_read_after_the_weights_changed(tokens):
         logits.sum()
     with pytest.raises(RuntimeError, match=r"logits: expected to be read before"):
         F.cross_entropy(logits.view(-1, V), tokens.view(-1))
+
+
+def test_refuses_to_be_read_after_the_weights_were_replaced(tokens):
+    _, compiled = pair()
+    logits = compiled(tokens)
+    compiled.head.weight.data = torch.zeros(V, H)
+    with pytest.raises(RuntimeError, match=r"logits: expected to be read before the weights"):
+        logits.argmax(-1)
+
+
+def test_detached_logits_may_become_a_leaf(tokens):
+    model, compiled = pair()
+    leaves = [m(tokens).detach().requires_grad_() for m in (model, compiled)]
+    for leaf in leaves:
+        F.cross_entropy(leaf.view(-1, V), tokens.view(-1)).backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad)
+
+
+def test_refuses_to_be_reshaped_in_place(tokens):
+    _, compiled = pair()
+    with pytest.raises(RuntimeError, match="logits: expected no change of their shape in place, got unsqueeze_"):
+        compiled(tokens).unsqueeze_(0)
+
+
+@pytest.mark.parametrize("function", [torch.exp, torch.tanh, torch.softmax, torch.log_softmax, F.nll_loss])
+def test_has_the_dtype_that_autocast_gives(function, tokens):
+    model, compiled = pair()
+
+    def dtype(m):
+        logits = m(tokens).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            if function is F.nll_loss:
+                return function(torch.log_softmax(logits, -1).view(-1, V), tokens.view(-1)).dtype
+            return (function(logits, -1) if "softmax" in function.__name__ else function(logits)).dtype
+
+    assert dtype(compiled) == dtype(model)
 
 
 def test_keeps_values_that_were_read_before_the_weights_changed(tokens):

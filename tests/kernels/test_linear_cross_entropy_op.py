@@ -110,6 +110,32 @@ def test_second_derivative_raises(reduction, device):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("derive", [torch.func.grad, torch.func.jacfwd, lambda f: torch.vmap(torch.func.grad(f))])
+def test_derivatives_without_autograd_raise(derive, reduction, device):
+    hidden, weight, _, target, _ = problem(device)
+
+    def loss(weight):
+        return linear_cross_entropy(hidden.detach(), weight, target, reduction=reduction).sum()
+
+    with pytest.raises(RuntimeError, match=r"torch\.func: expected no .* of this op, got one"):
+        derive(loss)(weight.detach().expand(2, -1, -1) if derive.__name__ == "<lambda>" else weight.detach())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_is_right(reduction, device):
+    hidden, weight, _, target, _ = problem(device)
+    hidden, target = hidden.detach().expand(3, -1, -1) * torch.rand(3, 1, 1, device=device), target.expand(3, -1)
+    ours = torch.vmap(lambda x, y: linear_cross_entropy(x, weight, y, reduction=reduction))(hidden, target)
+    theirs = [
+        functional.cross_entropy(x @ weight.t(), y, reduction=reduction) for x, y in zip(hidden, target, strict=True)
+    ]
+    torch.testing.assert_close(ours, torch.stack(theirs))
+    found = [torch.autograd.grad(losses.sum(), weight)[0] for losses in (ours, torch.stack(theirs))]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

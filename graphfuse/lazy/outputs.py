@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from graphfuse import algebra
 from graphfuse.certify import certify
 from graphfuse.evidence import Evidence, gather
-from graphfuse.lazy import Formula, Source, Step, apply_formula, lazy
+from graphfuse.lazy.formula import Formula, Step, apply_formula
+from graphfuse.lazy.tensor import Source, lazy
 from graphfuse.match import CASTS, IDENTITIES, Match, scalar, short
 from graphfuse.rewrite import erase
 from graphfuse.shadow import Shadow, Value, is_nested

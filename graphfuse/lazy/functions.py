@@ -1,4 +1,4 @@
-"""What torch functions do to lazy logits: which stay lazy, and which run over chunks of tokens.
+"""What torch functions do to lazy logits that stays lazy: rows, order, dtype, scale, soft cap, softmax.
 
 Everything here answers `NotImplemented` where it would have to guess; the function then gets plain tensors.
 Shape letters: V = vocabulary, always the last dimension of a formula; rows = all others.
@@ -7,57 +7,17 @@ Shape letters: V = vocabulary, always the last dimension of a formula; rows = al
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from graphfuse import ops
-from graphfuse.lazy import Formula, LazyLogits, Source, Step, apply_formula, apply_steps, lazy, live_formula
-
-Function = Callable[..., Any]
-
-CHUNK_BYTES = 1 << 28  # of the float32 logits of one chunk, where no fused op does the work
-MAX_GATHERED = 8  # entries per row, above which whole rows of logits are cheaper than dot products
-
-FUNCTIONS: dict[Any, Function] = {}
-
-_GETTERS = (
-    "shape dtype device layout ndim requires_grad grad_fn is_leaf output_nr is_cuda is_cpu is_meta is_sparse "
-    "is_quantized is_nested is_mkldnn is_mps is_xpu is_xla itemsize nbytes names _version _base _backward_hooks"
-)
-_METHODS = (
-    "size dim ndimension numel nelement stride is_contiguous element_size is_floating_point is_complex is_inference "
-    "__len__ get_device __hash__ is_signed is_same_size storage_offset untyped_storage"
-)
-ABOUT_SHAPE = {getattr(Tensor, name).__get__ for name in _GETTERS.split() if hasattr(Tensor, name)}
-ABOUT_SHAPE |= {getattr(Tensor, name) for name in _METHODS.split() if hasattr(Tensor, name)}
-ABOUT_SHAPE |= {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor}
+from graphfuse.lazy.formula import Formula, Step, apply_steps
+from graphfuse.lazy.table import FUNCTIONS, Function, handles
+from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
 
 _LIKE = "empty_like zeros_like ones_like full_like rand_like randn_like"
 _NEW = "new_empty new_zeros new_ones new_full new_tensor"
-
-
-def writes(func: Any) -> bool:
-    """Whether the function changes its first argument."""
-    name = getattr(func, "__name__", "")
-    return name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__"))
-
-
-def _handles(*names: str) -> Callable[[Function], Function]:
-    """Register a function under these names of `torch`, `Tensor` and `torch.nn.functional`, where they exist."""
-
-    def register(function: Function) -> Function:
-        for name in names:
-            for space in (torch, Tensor, functional):
-                if hasattr(space, name):
-                    FUNCTIONS[getattr(space, name)] = function
-        return function
-
-    return register
 
 
 # ------------------------------------------------------------------------------------------- stays lazy: choice of rows
@@ -81,6 +41,8 @@ def _reshapes(func: Any) -> Function:
     def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         formula = live_formula(tensor)
         if formula is None or tensor.source.order is not None:
+            return NotImplemented
+        if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):  # other numbers of the same bits
             return NotImplemented
         before = _stand_in(tensor)
         after = func(before, *args, **kwargs)
@@ -124,19 +86,19 @@ def _chooses(func: Any, dim_at: int, *, copies: bool = False) -> Function:
 
 
 for _name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "view_as", "reshape_as"):
-    _handles(_name)(_reshapes(getattr(Tensor, _name)))
+    handles(_name)(_reshapes(getattr(Tensor, _name)))
 for _name, _at in {"select": 0, "narrow": 0, "split": 1, "chunk": 1, "unbind": 0, "split_with_sizes": 1}.items():
-    _handles(_name)(_chooses(getattr(Tensor, _name), _at))
-_handles("index_select")(_chooses(Tensor.index_select, 0, copies=True))
+    handles(_name)(_chooses(getattr(Tensor, _name), _at))
+handles("index_select")(_chooses(Tensor.index_select, 0, copies=True))
 
 
-@_handles("__iter__")
+@handles("__iter__")
 def _iterate(tensor: Any) -> Any:
     rows = FUNCTIONS[Tensor.unbind](tensor, 0)
     return rows if rows is NotImplemented else iter(rows)
 
 
-@_handles("__getitem__")
+@handles("__getitem__")
 def _item(tensor: Any, index: Any) -> Any:
     formula = live_formula(tensor)
     if formula is None or tensor.source.order is not None:
@@ -189,7 +151,7 @@ def _permutes(func: Any) -> Function:
 
 
 for _name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"):
-    _handles(_name)(_permutes(getattr(Tensor, _name)))
+    handles(_name)(_permutes(getattr(Tensor, _name)))
 
 
 # --------------------------------------------------------------------------------- stays lazy: dtype, scale, softmax
@@ -222,12 +184,12 @@ for _name, _dtype in {
     FUNCTIONS[getattr(Tensor, _name)] = _to_this
 
 
-@_handles("type_as")
+@handles("type_as")
 def _type_as(tensor: Any, other: Tensor) -> Any:
     return _cast(tensor, other.dtype) if tensor.device == other.device else NotImplemented
 
 
-@_handles("to")
+@handles("to")
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
     if live_formula(tensor) is None or memory_format is not None or (device is not None and device != tensor.device):
@@ -238,7 +200,7 @@ def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     return _cast(tensor, wanted)
 
 
-@_handles("clone")
+@handles("clone")
 def _clone(tensor: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     preserved = memory_format in (torch.preserve_format, torch.contiguous_format)
     if live_formula(tensor) is None or not preserved or not tensor.is_contiguous():
@@ -246,7 +208,7 @@ def _clone(tensor: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     return _stepped(tensor)
 
 
-@_handles("detach")
+@handles("detach")
 def _detach(tensor: Any) -> Any:
     if live_formula(tensor) is None:
         return NotImplemented
@@ -265,8 +227,8 @@ def _scales(step: str) -> Function:
     return run
 
 
-_handles("mul", "multiply", "__mul__", "__rmul__")(_scales("mul"))
-_handles("div", "divide", "true_divide", "__truediv__", "__div__")(_scales("div"))
+handles("mul", "multiply", "__mul__", "__rmul__")(_scales("mul"))
+handles("div", "divide", "true_divide", "__truediv__", "__div__")(_scales("div"))
 
 
 def _of_both(left: Any, right: LazyLogits) -> Any:
@@ -279,7 +241,7 @@ def _of_both(left: Any, right: LazyLogits) -> Any:
     )
     if not same or first.weight.data_ptr() != second.weight.data_ptr() or left.shape != right.shape:
         return NotImplemented
-    if first.dtype != second.dtype or first.product_dtype != second.product_dtype:
+    if first.dtype != second.dtype or first.product_dtype != second.product_dtype or first.bias is not second.bias:
         return NotImplemented
     if left.requires_grad != right.requires_grad:
         return NotImplemented
@@ -294,12 +256,13 @@ def _of_both(left: Any, right: LazyLogits) -> Any:
         first.bias,
         first.product_dtype,
         (("apply", product), ("to", first.dtype)),
-        first.versions,
+        first.ages,
     )
     return lazy(Source(formula), _stand_in(left))
 
 
-def _log_softmax(rows: Tensor) -> Tensor:
+def log_softmax_of_rows(rows: Tensor) -> Tensor:
+    """What a lazy log_softmax has among its steps."""
     return rows.log_softmax(-1)
 
 
@@ -313,211 +276,54 @@ def _normalizes(apply: Function) -> Function:
         args = tuple(arg for arg in args if not isinstance(arg, int) or isinstance(arg, bool))  # _stacklevel
         if args and isinstance(args[0], torch.dtype):
             dtype, args = args[0], args[1:]
-        if args or kwargs or live_formula(tensor) is None or not _is_last(tensor, dim):
+        if args or kwargs or live_formula(tensor) is None or not is_last(tensor, dim):
             return NotImplemented
-        if dtype is None:
-            dtype = torch.float32 if _autocasts(tensor) else tensor.dtype
+        dtype = _autocast(apply, tensor) if dtype is None else dtype
         steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
         return _stepped(tensor, *steps, ("apply", apply))
 
     return run
 
 
-_handles("log_softmax")(_normalizes(_log_softmax))
-_handles("softmax")(_normalizes(_softmax))
+handles("log_softmax")(_normalizes(log_softmax_of_rows))
+handles("softmax")(_normalizes(_softmax))
 
 
-@_handles("exp")
+@handles("exp")
 def _exp(tensor: Any) -> Any:
-    return NotImplemented if live_formula(tensor) is None else _stepped(tensor, ("apply", torch.exp))
+    if live_formula(tensor) is None:
+        return NotImplemented
+    dtype = _autocast(torch.exp, tensor)
+    steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
+    return _stepped(tensor, *steps, ("apply", torch.exp))
 
 
-def _is_last(tensor: Tensor, dim: Any) -> bool:
+@handles("tanh")
+def _tanh(tensor: Any) -> Any:
+    return NotImplemented if live_formula(tensor) is None else _stepped(tensor, ("tanh", None))
+
+
+def is_last(tensor: Tensor, dim: Any) -> bool:
     """Whether `dim` is the vocabulary's."""
     source: Source = tensor.source  # type: ignore[attr-defined]
     last = tensor.dim() - 1 if source.order is None else source.order.index(tensor.dim() - 1)
     return isinstance(dim, int) and dim % max(tensor.dim(), 1) == last
 
 
-def _autocasts(tensor: Tensor) -> bool:
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast applies to such a tensor now."""
     return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
 
 
-# ------------------------------------------------------------------------------------------------ fused: loss, log p
+def _autocast(apply: Function, tensor: Tensor) -> torch.dtype:
+    """The dtype in which a function of such a tensor runs now."""
+    return _dtype_under_autocast(apply, tensor.dtype, tensor.device.type) if autocasts(tensor) else tensor.dtype
 
 
-def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
-    """`(logit_scale, softcap, log_softmax)` if the steps are those, and casts."""
-    scale, softcap, log_softmax = 1.0, 0.0, False
-    inside, seen_tanh = 1.0, False
-    for name, value in steps:
-        if name == "to":
-            continue
-        if log_softmax:
-            return None
-        if name in ("mul", "div"):
-            scale *= value if name == "mul" else 1.0 / value
-        elif name == "tanh" and not seen_tanh:
-            inside, scale, seen_tanh = scale, 1.0, True
-        elif name == "apply" and value is _log_softmax:
-            log_softmax = True
-        else:
-            return None
-    if seen_tanh:
-        softcap, scale = scale, inside * scale
-        if softcap <= 0:
-            return None
-    return scale, softcap, log_softmax
-
-
-def _head(formula: Formula) -> dict[str, Any]:
-    """Arguments of the fused ops."""
-    canonical = _canonical(formula.steps)
-    assert canonical is not None
-    dtype, hidden = formula.product_dtype, formula.hidden
-    return {
-        "hidden": hidden.to(dtype),
-        "weight": formula.weight.to(dtype),
-        "bias": None if formula.bias is None else formula.bias.to(dtype),
-        "logit_scale": canonical[0],
-        "softcap": canonical[1] or None,
-    }
-
-
-@_handles("cross_entropy")
-def _cross_entropy(
-    tensor: Any,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    return _loss(tensor, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, normal=False)
-
-
-@_handles("nll_loss")
-def _nll_loss(
-    tensor: Any,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Any:
-    return _loss(tensor, target, weight, size_average, ignore_index, reduce, reduction, 0.0, normal=True)
-
-
-def _loss(
-    tensor: Any,
-    target: Any,
-    class_weight: Tensor | None,
-    size_average: Any,
-    ignore_index: int,
-    reduce: Any,
-    reduction: str,
-    label_smoothing: float,
-    *,
-    normal: bool,
-) -> Any:
-    formula = live_formula(tensor)
-    if formula is None or size_average is not None or reduce is not None:
-        return NotImplemented
-    canonical = _canonical(formula.steps)
-    if canonical is None or canonical[2] is not normal or isinstance(target, LazyLogits):
-        return NotImplemented
-    if target.is_floating_point() or reduction not in ("mean", "sum", "none"):
-        return NotImplemented
-    rank, order = tensor.dim(), tensor.source.order or tuple(range(tensor.dim()))
-    classes_second = (0, rank - 1, *range(1, rank - 1)) if rank > 1 else (0,)
-    if order != classes_second or tuple(target.shape) != (*tensor.shape[:1], *tensor.shape[2:])[: max(rank - 1, 0)]:
-        return NotImplemented
-    formula.check_fresh()
-    head = _head(formula)
-    head["hidden"] = head["hidden"].reshape(-1, head["hidden"].shape[-1])
-    with torch.autocast(tensor.device.type, enabled=False):
-        loss = ops.linear_cross_entropy(
-            **head,
-            target=target.reshape(-1),
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
-    loss = loss.reshape(target.shape) if reduction == "none" else loss
-    return loss.to(torch.float32 if _autocasts(tensor) and not normal else tensor.dtype)
-
-
-@_handles("gather")
-def _gather(tensor: Any, dim: Any, index: Any = None, **kwargs: Any) -> Any:
-    formula = live_formula(tensor)
-    if formula is None or kwargs or not isinstance(index, Tensor) or isinstance(index, LazyLogits):
-        return NotImplemented
-    canonical = _canonical(formula.steps)
-    if canonical is None or tensor.source.order is not None or not _is_last(tensor, dim):
-        return NotImplemented
-    if index.shape[:-1] != tensor.shape[:-1] or index.shape[-1] > (1 if canonical[2] else MAX_GATHERED):
-        return NotImplemented
-    formula.check_fresh()
-    head = _head(formula)
-    with torch.autocast(tensor.device.type, enabled=False):
-        if canonical[2]:
-            head["hidden"] = head["hidden"].reshape(-1, head["hidden"].shape[-1])
-            picked = ops.linear_log_probs(**head, target=index.reshape(-1)).reshape(index.shape)
-            return picked.to(tensor.dtype)
-        rows = functional.embedding(index, head["weight"])  # (*rows, k, H): a dot product for each entry
-        picked = (head["hidden"].unsqueeze(-2).float() * rows.float()).sum(-1)
-        if head["bias"] is not None:
-            picked = picked + head["bias"].float()[index]
-        return apply_steps(picked.to(formula.product_dtype), formula.steps)
-
-
-# --------------------------------------------------------------------------------------- over the vocabulary, in chunks
-
-
-def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function:
-    """For functions that reduce the vocabulary, or choose from it: a chunk of rows at a time."""
-
-    def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        formula = live_formula(tensor)
-        if formula is None or tensor.source.order is not None or tensor.dim() < 2 or kwargs.get("out") is not None:
-            return NotImplemented
-        dim = args[dim_at] if len(args) > dim_at else kwargs.get("dim", default)
-        dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
-        if not _is_last(tensor, dim):
-            return NotImplemented
-        if len(args) > dim_at:
-            args = (*args[:dim_at], -1, *args[dim_at + 1 :])
-        else:
-            kwargs["dim"] = -1
-        formula.check_fresh()
-
-        def of_chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            with torch.autocast(hidden.device.type, enabled=False):
-                rows = apply_formula(hidden, weight, bias, product_dtype=formula.product_dtype, steps=formula.steps)
-            return func(rows, *args, **kwargs)
-
-        remembers = torch.is_grad_enabled() and tensor.requires_grad
-        run_chunk = functools.partial(checkpoint, of_chunk, use_reentrant=False) if remembers else of_chunk
-        flat = formula.hidden.reshape(-1, formula.hidden.shape[-1])
-        chunks = flat.split(max(1, CHUNK_BYTES // (4 * tensor.shape[-1])))
-        results = [run_chunk(hidden, formula.weight, formula.bias) for hidden in chunks]
-        lead = tensor.shape[:-1]
-        if isinstance(results[0], Tensor):
-            joined = torch.cat(results)
-            return joined.reshape(*lead, *joined.shape[1:])
-        parts = [torch.cat(part) for part in zip(*results, strict=True)]
-        return type(results[0])([part.reshape(*lead, *part.shape[1:]) for part in parts])
-
-    return run
-
-
-for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean"):
-    _handles(_name)(_reduces(getattr(torch, _name)))
-_handles("topk")(_reduces(torch.topk, 1, -1))
+@functools.cache
+def _dtype_under_autocast(apply: Function, dtype: torch.dtype, device: str) -> torch.dtype:
+    result: Tensor = apply(torch.zeros(1, 1, dtype=dtype, device=device))
+    return result.dtype
 
 
 # ---------------------------------------------------------------------------------------------------- shape and no more
@@ -533,4 +339,4 @@ def _like(func: Any) -> Function:
 
 
 for _name in (*_LIKE.split(), *_NEW.split()):
-    _handles(_name)(_like(getattr(torch, _name, None) or getattr(Tensor, _name)))
+    handles(_name)(_like(getattr(torch, _name, None) or getattr(Tensor, _name)))

@@ -1,163 +1,31 @@
-"""Logits that are computed when somebody reads them.
-
-A language model returns its logits beside the loss, and hardly anybody looks at them. The compiled graph therefore
-returns what they are made from, the hidden states, and this tensor in their place. It has the shape, dtype and
-autograd history of the logits and takes no memory:
-
-- rows can be chosen and reshaped, and the dtype changed: still nothing is computed;
-- a loss, log-probabilities, an argmax over the vocabulary run over chunks of tokens, never over the whole
-  (`graphfuse.lazy_functions` has both lists);
-- whatever else reads the values gets a plain tensor in its place, computed once, with its autograd history. From then
-  on the lazy tensor is a name for that one, in-place changes included.
-
-Every such materialisation is counted, by the line that caused it: `materialised`.
-"""
+"""The tensor that stands for logits, where its values come from, and how autograd sees it."""
 
 from __future__ import annotations
 
 import copy
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
+
+from graphfuse.lazy.formula import Formula, version
+from graphfuse.lazy.table import ABOUT_SHAPE, FUNCTIONS, turns, writes
 
 aten = torch.ops.aten
 
 materialised: Counter[str] = Counter()
 """How often logits were computed after all, by the line (`file:line`) that read them. The user may clear it."""
 
-Step = tuple[str, Any]  # ("mul" | "div", number), ("tanh", None), ("to", dtype), ("apply", function of whole rows)
-
-_HERE = {Path(__file__).with_name(name).resolve() for name in ("lazy.py", "lazy_functions.py")}
+_HERE = Path(__file__).resolve().parent
 _SAME = {aten.detach.default, aten.alias.default}
 _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
 _VIEW = {aten.view.default, aten._unsafe_view.default}
-
-
-@dataclass(frozen=True)
-class Formula:
-    """What logits are made from: `steps(hidden @ weight.T + bias)`.
-
-    Attributes:
-        hidden: (*rows, H).
-        weight: (V, H).
-        bias: (V), or `None`.
-        product_dtype: dtype in which the product runs; autocast may not be on any more when it does.
-        steps: what follows the product, in order.
-        versions: of the three tensors, at the time when the model ran.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    product_dtype: torch.dtype
-    steps: tuple[Step, ...]
-    versions: tuple[int | None, ...]
-
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        product_dtype: torch.dtype,
-        steps: Sequence[Step],
-    ) -> Formula:
-        """Note how old the tensors are."""
-        versions = tuple(_version(t) for t in (hidden, weight, bias))
-        return cls(hidden, weight, bias, product_dtype, tuple(steps), versions)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the logits."""
-        casts = [value for name, value in self.steps if name == "to"]
-        return casts[-1] if casts else self.product_dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the logits, (*rows, V)."""
-        return (*self.hidden.shape[:-1], self.weight.shape[0])
-
-    def detach(self) -> Formula:
-        """The same without autograd history."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
-
-    def of_rows(self, hidden: Tensor) -> Formula:
-        """The same for other rows."""
-        return replace(self, hidden=hidden, versions=(_version(hidden), *self.versions[1:]))
-
-    def then(self, *steps: Step) -> Formula:
-        """The same, with more steps."""
-        return replace(self, steps=(*self.steps, *steps))
-
-    def check_fresh(self) -> None:
-        """Refuse to compute from tensors that are no longer what they were.
-
-        Raises:
-            RuntimeError: one of them was changed in place since, or freed.
-        """
-        tensors = (self.hidden, self.weight, self.bias)
-        if tuple(_version(t) for t in tensors) != self.versions:
-            raise RuntimeError(
-                "logits: expected to be read before the weights of the head change, got an in-place change since "
-                "(an optimizer step?); read them earlier, or compile with lazy_logits=False"
-            )
-        if any(t is not None and t.numel() and not t.untyped_storage().nbytes() for t in tensors):
-            raise RuntimeError(
-                "logits: expected to be read while the weights of the head are there, got freed memory "
-                "(FSDP reshards after forward); read them earlier, or compile with lazy_logits=False"
-            )
-
-    def compute(self) -> Tensor:
-        """The logits, differentiably."""
-        self.check_fresh()
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            return apply_formula(
-                self.hidden, self.weight, self.bias, product_dtype=self.product_dtype, steps=self.steps
-            )
-
-
-def apply_formula(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    product_dtype: torch.dtype,
-    steps: Sequence[Step],
-) -> Tensor:
-    """Compute logits: a linear layer, then `steps` in the order and dtypes of the model."""
-    bias = None if bias is None else bias.to(product_dtype)
-    result = functional.linear(hidden.to(product_dtype), weight.to(product_dtype), bias)
-    return apply_steps(result, steps)
-
-
-def apply_steps(result: Tensor, steps: Sequence[Step]) -> Tensor:
-    """What follows the product."""
-    for name, value in steps:
-        if name == "mul":
-            result = result * value
-        elif name == "div":
-            result = result / value
-        elif name == "tanh":
-            result = torch.tanh(result)
-        elif name == "to":
-            result = result.to(value)
-        else:
-            result = value(result)
-    return result
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class Source:
@@ -217,13 +85,13 @@ class Source:
         if changed is not None:
             with torch.no_grad():
                 own.copy_(changed)
-        self.own, self.own_version = own, _version(own) or 0
+        self.own, self.own_version = own, version(own) or 0
         return own
 
     @property
     def is_changed(self) -> bool:
         """Whether the plain tensor was written to."""
-        return self.own is not None and (_version(self.own) or 0) != self.own_version
+        return self.own is not None and (version(self.own) or 0) != self.own_version
 
     def _wants_history(self) -> bool:
         if self.formula is None or not torch.is_grad_enabled():
@@ -237,7 +105,7 @@ def _reader() -> str:
     package = Path(torch.__file__).parent
     for frame in reversed(traceback.extract_stack(limit=60)):
         path = Path(frame.filename)
-        if path not in _HERE and package not in path.parents and not frame.filename.startswith("<"):
+        if _HERE not in path.parents and package not in path.parents and not frame.filename.startswith("<"):
             return f"{frame.filename}:{frame.lineno}"
     return "unknown"
 
@@ -254,21 +122,27 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Above autograd: what stays lazy, what runs in chunks, and plain tensors for all the rest."""
-        from graphfuse.lazy_functions import ABOUT_SHAPE, FUNCTIONS, writes
-
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         with torch._C.DisableTorchFunctionSubclass():
             if func in ABOUT_SHAPE:
                 return func(*args, **kwargs)
             compiling = torch.compiler.is_compiling()
-            if func == _GRAD and (compiling or not args[0].source.is_read):
-                return None
-            if compiling:
+            if func == _GRAD and not (args[0].is_leaf and args[0].requires_grad):
+                if compiling or not args[0].source.is_read:
+                    return None
+            elif compiling or func == _GRAD:
                 return func(*args, **kwargs)
             if func in FUNCTIONS:
                 result = FUNCTIONS[func](*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+            if turns(func):
+                raise RuntimeError(
+                    f"logits: expected no change of their shape in place, got {func.__name__}; "
+                    "use the function without the underscore, or compile with lazy_logits=False"
+                )
             written = args[0] if writes(func) and isinstance(args[0], LazyLogits) else None
 
             def values(tensor: LazyLogits) -> Tensor:

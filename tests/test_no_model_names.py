@@ -14,7 +14,7 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("graphfuse/cli.py", "graphfuse/bench/")  # run models that the user names
+COMMANDS = ("graphfuse/cli.py", "graphfuse/inspect.py", "graphfuse/bench/")  # run models that the user names
 FILES = sorted(
     path
     for folder in ("graphfuse", "patterns")

@@ -36,6 +36,7 @@ class Match:
             may shrink them.
         above_views: certification starts above the views that lead to the inputs, and so with inputs as strided as in
             the graph; not for computations on heads, whose number would then shrink in one input and not in another.
+        site: the value at whose module and line the report finds the match; the first output if `None`.
         waits: whether the host waits for a value from the device, which a CUDA graph cannot capture.
         formula: for people: what is computed, as algebra (`graphfuse.algebra` writes it).
         rounding: for people: in which dtype, and where that is rounded.
@@ -54,6 +55,7 @@ class Match:
     scalable: frozenset[int] = frozenset()
     above_views: bool = True
     waits: bool = False
+    site: Value | None = None
     formula: str = ""
     rounding: str = ""
     frees: Literal["activations", "logits", ""] = "activations"

@@ -88,7 +88,8 @@ class GraphRecord:
 
     def add(self, found: Match | Refusal, evidence: Evidence | None = None) -> None:
         """Note a rewritten match, with what is known of it besides, or a refusal."""
-        node = found.anchor.node
+        at = found.site if isinstance(found, Match) else None
+        node = (at or found.anchor).node
         known: dict[str, Any] = {
             "module": module_path(node),
             "module_class": module_class(node),

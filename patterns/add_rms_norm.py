@@ -73,6 +73,7 @@ def _after(norm: Match, norms: dict[Value, Match], totals: set[Value], shadow: S
     return Match(
         pattern="add_rms_norm",
         outputs=(total,),
+        site=norm.anchor,  # its module, and not the one that adds
         inputs=(x, residual, *weight),
         replacement=norm_then_add,
         params={**norm.params, "rounded_dtype": norm.params["out_dtype"], "out_dtype": total.dtype},

@@ -137,16 +137,27 @@ def _located(sites: list[Site], ledger: Ledger, expected: Places) -> Places:
     first: dict[str, str] = {}
     for site in sites:
         first.setdefault(site.graph, site.instance)
-    for site in sites:
-        if site.instance != first[site.graph]:
-            continue
-        for (graph, start), times in ledger.runs.items():
-            if graph == site.graph:
-                # A refusal may not know what it would have covered.
-                for pattern, count in (site.covers or {site.pattern: 1}).items():
-                    places = found.setdefault(pattern, Counter())
-                    places[_nearest(start, site.module, expected.get(pattern, Counter()), places)] += times * count
+    located = [
+        (start, site, times)
+        for site in sites
+        if site.instance == first[site.graph]
+        for (graph, start), times in ledger.runs.items()
+        if graph == site.graph
+    ]
+    # Those that name a path of the census take it before others look for what is left.
+    located.sort(
+        key=lambda item: not all(_full(item[0], item[1].module) in expected.get(p, ()) for p in item[1].covers)
+    )
+    for start, site, times in located:
+        # A refusal may not know what it would have covered.
+        for pattern, count in (site.covers or {site.pattern: 1}).items():
+            places = found.setdefault(pattern, Counter())
+            places[_nearest(start, site.module, expected.get(pattern, Counter()), places)] += times * count
     return found
+
+
+def _full(start: str, relative: str) -> str:
+    return ".".join(filter(None, (start, relative)))
 
 
 def _nearest(start: str, relative: str, expected: Counter[str], found: Counter[str]) -> str:
@@ -155,7 +166,7 @@ def _nearest(start: str, relative: str, expected: Counter[str], found: Counter[s
     Else it is one with computations left: of a module right inside, if the site took in what happens to its output; or,
     behind a graph break, of one that ends like the site's, as Dynamo may name it by a local variable (`layer.mlp`).
     """
-    full = ".".join(filter(None, (start, relative)))
+    full = _full(start, relative)
     parts = full.split(".")
     for length in range(len(parts), -1, -1):
         if (around := ".".join(parts[:length])) in expected:

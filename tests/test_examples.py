@@ -24,7 +24,7 @@ def run(name, *options, cwd):
 def test_quickstart_rewrites_and_reports(tmp_path):
     out = run("quickstart.py", cwd=tmp_path)
     assert out.startswith("loss ")
-    assert "model.layers.{0-1}.input_layernorm" in out
+    assert "model.layers.{0-1}.post_attention_layernorm" in out
 
 
 def test_demo_compares_two_models(tmp_path):

@@ -148,8 +148,8 @@ def run_chunks(
         factors = factors.map(lambda f: f / torch.where(late > 0, late, 1))
     on_cpu = hidden.device.type == "cpu"
     itemsize = compute.itemsize if on_cpu else hidden.dtype.itemsize
-    empty = hidden.new_empty(0, dtype=grad_dtype)
-    grad_hidden = torch.empty_like(hidden, dtype=grad_dtype) if needs.hidden else empty
+    # Every output is a tensor of its own, empty ones too: an op must not return the same one twice.
+    grad_hidden = torch.empty_like(hidden, dtype=grad_dtype) if needs.hidden else hidden.new_empty(0, dtype=grad_dtype)
     grad_bias = hidden.new_zeros(vocab if needs.bias else 0, dtype=compute)
     grad_weight: WideSum | HalfSum | None = None
     if needs.weight:
@@ -199,7 +199,8 @@ def run_chunks(
         losses = losses.map(lambda found: found.new_zeros(all_tokens).index_copy_(0, chosen, found))
         if needs.hidden:
             grad_hidden.index_fill_(0, kept.order[tokens:], 0)
-    grads = [grad_hidden, empty if grad_weight is None else grad_weight.total(), grad_bias]
+    total = hidden.new_empty(0, dtype=grad_dtype) if grad_weight is None else grad_weight.total()
+    grads = [grad_hidden, total, grad_bias]
     if late is not None:
         grads = [grad.mul_(late) for grad in grads]
     return losses, grads[0], grads[1].to(grad_dtype), grads[2].to(grad_dtype)

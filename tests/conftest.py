@@ -13,6 +13,8 @@ HAS_GPU = torch.cuda.is_available()
 # Before the first import of triton: without a GPU its kernels run in the interpreter.
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Torch says so only in a warning, unless it runs in its own CI, when an op returns a tensor twice or an input.
+os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "1")
 # What a deterministic cuBLAS asks for; see `poisoned_memory`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -1,5 +1,7 @@
 """linear_cross_entropy as an op of torch: opcheck, compilers, autocast, errors, and a GPU that is never waited for."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -89,6 +91,24 @@ def test_log_probs_compile(dynamic, device):
     found, expected = (call(*tensors, target) for call in (compiled, step))
     assert torch.equal(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors))
+
+
+@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=3)], ids=str)
+def test_no_output_is_another_or_an_input(needs, device):
+    """Nor are those that nobody needs: torch refuses an op that returns the same tensor twice."""
+    hidden, weight, bias, target, _ = (tensor.detach() for tensor in problem(device))
+    target[target < 0] = NO_TARGET
+    inputs = (hidden, weight, bias, target, None, torch.ones(19, device=device), None, None, None)
+    losses = (hidden, weight, bias, target, None)
+    ops = torch.ops.graphfuse
+    grads = (torch.ones(19, device=device), None, None)
+    for given, outputs in [
+        (inputs, ops.linear_cross_entropy(*inputs, 1.0, 0.0, 0, None, *needs)),
+        (losses, ops.linear_token_losses(*losses, 1.0, 0.0, 0, None, True, *needs[:2], False)),
+        (losses, ops.linear_token_losses_backward(*grads, *losses, 1.0, 0.0, 0, None, *needs)),
+    ]:
+        storages = [tensor.untyped_storage()._cdata for tensor in (*given, *outputs) if tensor is not None]
+        assert len(set(storages)) == len(storages)
 
 
 def test_missing_flag_raises(device):

@@ -8,14 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._norm import add_parts_
 from graphfuse.kernels._norm_rope_kernel import norm_rope_backward_kernel, norm_rope_kernel
-from graphfuse.kernels._rms_norm_kernel import (
-    PARTS_BLOCK_D,
-    PARTS_BLOCK_P,
-    NormOptions,
-    add_parts_kernel,
-    num_sms,
-)
+from graphfuse.kernels._rms_norm_kernel import NormOptions, num_sms
 from graphfuse.kernels._rope_kernel import Rotation, Table, heads_per_program, plan_walk
 from graphfuse.kernels._triton import tl, triton
 
@@ -176,8 +171,5 @@ def norm_rope_backward_triton_(
         norm_rope_backward_kernel[(num_programs,)](
             grad, x, weight, cos, sin, x_grad, parts, *launch.args, **launch.constants, STAGES=STAGES
         )
-        if parts is not None:
-            add_parts_kernel[(triton.cdiv(width, PARTS_BLOCK_D),)](
-                parts, weight_grad, num_programs, width, BLOCK_P=PARTS_BLOCK_P, BLOCK_D=PARTS_BLOCK_D
-            )
+        add_parts_(parts, weight_grad)
     return True

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _op
 from graphfuse.kernels._glu_kernel import GluOptions, glu_backward_triton_, glu_triton_
-from graphfuse.kernels.glu import TAGS, check, differentiate, glu_reference, launches
+from graphfuse.kernels.glu import check_options, differentiate, glu_reference
 
 __all__ = ["PACKINGS", "packed_glu", "unpack"]
 
@@ -22,13 +23,13 @@ torch.library.define(
     "graphfuse::packed_glu",
     "(Tensor packed, str packing, str activation, float alpha, float gate_max, float up_limit, float up_offset, "
     "ScalarType out_dtype) -> Tensor",
-    tags=TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::packed_glu_backward",
     "(Tensor grad, Tensor packed, str packing, str activation, float alpha, float gate_max, float up_limit, "
     "float up_offset) -> Tensor",
-    tags=TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -57,7 +58,7 @@ def _packed_forward(
     y = _empty_result(packed, out_dtype)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
     gate, up = unpack(packed, packing)
-    if launches(gate, up, y):
+    if _op.launches(gate, up, y):
         glu_triton_(gate, up, y, options)
         return y
     return y.copy_(glu_reference(gate, up, *options, out_dtype))
@@ -76,7 +77,7 @@ def _packed_backward(
     packed_grad = torch.empty_like(packed)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
     (gate, up), (gate_grad, up_grad) = unpack(packed, packing), unpack(packed_grad, packing)
-    if launches(grad, gate, up):
+    if _op.launches(grad, gate, up):
         glu_backward_triton_(grad, gate, up, gate_grad, up_grad, options)
         return packed_grad
     grads = differentiate(grad, gate, up, options)
@@ -106,8 +107,7 @@ def _setup_context_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _autograd_packed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("create_graph: expected False, glu has no second derivative, got True")
+    _op.refuse_second_derivative("glu")
     (packed,) = ctx.saved_tensors
     return torch.ops.graphfuse.packed_glu_backward(grad, packed, *ctx.options), *[None] * 7
 
@@ -151,9 +151,9 @@ def packed_glu(
     out_dtype = out_dtype or packed.dtype
     if packed.ndim == 0 or packed.shape[-1] % 2:
         raise ValueError(f"packed: expected an even number of features, got shape {tuple(packed.shape)}")
-    if packing not in PACKINGS:
-        raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}, got {packing}")
-    check({"packed": packed.dtype, "out_dtype": out_dtype}, activation, up_limit)
+    _op.check_choice("packing", packing, PACKINGS)
+    _op.check_dtypes(packed=packed, out_dtype=out_dtype)
+    check_options(activation, up_limit)
     options = (activation, alpha, gate_max, up_limit, up_offset)
     y: Tensor = torch.ops.graphfuse.packed_glu(packed, packing, *options, out_dtype)
     return y

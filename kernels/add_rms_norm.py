@@ -21,17 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _norm, _op
+from graphfuse.kernels._norm import empty_gradients
 from graphfuse.kernels._rms_norm_kernel import NormOptions
-from graphfuse.kernels.rms_norm import (
-    DTYPES,
-    MODES,
-    differentiate,
-    empty_gradients,
-    launch_backward,
-    launch_forward,
-    launches,
-    rms_norm_reference,
-)
+from graphfuse.kernels.rms_norm import differentiate, launch_backward, launch_forward, rms_norm_reference
 
 __all__ = ["add_rms_norm", "add_rms_norm_reference", "rms_norm_add", "rms_norm_add_reference"]
 
@@ -70,25 +63,24 @@ def rms_norm_add_reference(
     return (y + residual).to(out_dtype)
 
 
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _OPTIONS = "float eps, float gain, float offset, str mode"
 
 torch.library.define(
     "graphfuse::add_rms_norm",
     f"(Tensor x, Tensor residual, Tensor? weight, {_OPTIONS}, ScalarType normalized_dtype, ScalarType total_dtype, "
     "ScalarType out_dtype) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::add_rms_norm_backward",
     f"(Tensor grad, Tensor total_grad, Tensor total, Tensor? weight, {_OPTIONS}, bool need_weight) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::rms_norm_add",
     f"(Tensor x, Tensor residual, Tensor? weight, {_OPTIONS}, ScalarType normalized_dtype, ScalarType rounded_dtype, "
     "ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -106,7 +98,7 @@ def _add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     total, y = torch.empty_like(x, dtype=total_dtype), torch.empty_like(x, dtype=out_dtype)
     options = NormOptions(eps, gain, offset, mode)
-    if launches(x, weight, out_dtype) and torch.float64 not in (residual.dtype, total_dtype):
+    if _norm.launches(x, residual, weight, total_dtype, out_dtype):
         launch_forward(x, weight, y, options, normalized_dtype, residual, total)
         return total, y
     results = add_rms_norm_reference(x, residual, weight, *options, normalized_dtype, total_dtype, out_dtype)
@@ -127,7 +119,7 @@ def _add_rms_norm_backward(
     options = NormOptions(eps, gain, offset, mode)
     x_grad, weight_grad = empty_gradients(total, weight, need_weight)
     wanted = weight_grad if weight is not None and need_weight else None
-    if launches(total, weight, grad.dtype):
+    if _norm.launches(total, weight, grad):
         launch_backward(grad, total, weight, x_grad, wanted, options, total_grad)
         return x_grad, weight_grad
     grads = differentiate(grad, total, weight, options)
@@ -151,7 +143,7 @@ def _rms_norm_add(
 ) -> Tensor:
     y = torch.empty_like(x, dtype=out_dtype)
     options = NormOptions(eps, gain, offset, mode)
-    if launches(x, weight, out_dtype) and residual.dtype != torch.float64:
+    if _norm.launches(x, residual, weight, out_dtype):
         launch_forward(x, weight, y, options, normalized_dtype, residual, None, rounded_dtype)
         return y
     return y.copy_(rms_norm_add_reference(x, residual, weight, *options, normalized_dtype, rounded_dtype, out_dtype))
@@ -185,7 +177,7 @@ def _setup_add_rms_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _differentiate_add_rms_norm(ctx: Any, total_grad: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    _only_once("add_rms_norm")
+    _op.refuse_second_derivative("add_rms_norm")
     total, weight = ctx.saved_tensors
     need_weight = weight is not None and ctx.needs_input_grad[2]
     weight_grad = None
@@ -208,16 +200,11 @@ def _setup_rms_norm_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _differentiate_rms_norm_add(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    _only_once("rms_norm_add")
+    _op.refuse_second_derivative("rms_norm_add")
     x, weight = ctx.saved_tensors
     need_weight = weight is not None and ctx.needs_input_grad[2]
     x_grad, weight_grad = torch.ops.graphfuse.rms_norm_backward(grad, x, weight, *ctx.options, need_weight)
     return x_grad, grad.to(ctx.residual_dtype), weight_grad if need_weight else None, *[None] * 7
-
-
-def _only_once(name: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(f"create_graph: expected False, {name} has no second derivative, got True")
 
 
 torch.library.register_autograd(
@@ -328,17 +315,9 @@ def _check(
     normalized_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> None:
-    dtypes = {"x": x.dtype, "residual": residual.dtype, "normalized_dtype": normalized_dtype, "out_dtype": out_dtype}
-    if weight is not None:
-        dtypes["weight"] = weight.dtype
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
-    if x.ndim == 0:
-        raise ValueError("x: expected at least 1 dimension, got 0")
+    _op.check_dtypes(x=x, residual=residual, weight=weight, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
+    _op.check_has_dims(x)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
+    _op.check_vectors(x.shape[-1], weight=weight)
+    _op.check_choice("mode", mode, _norm.MODES)

@@ -21,12 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graphfuse.kernels import _op
 from graphfuse.kernels._glu_kernel import GluOptions, glu_backward_triton_, glu_triton_
-from graphfuse.kernels._triton import HAS_TRITON
 
 __all__ = ["ACTIVATIONS", "glu", "glu_reference"]
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _swish_slope(z: Tensor, alpha: float) -> Tensor:
@@ -72,10 +70,6 @@ SLOPES: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def _compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 def glu_reference(
     gate: Tensor,
     up: Tensor,
@@ -87,7 +81,7 @@ def glu_reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Say what the op computes, in differentiable torch operations."""
-    compute = _compute_dtype(gate.dtype, up.dtype, out_dtype)
+    compute = _op.compute_dtype(gate, up, out_dtype)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
     z, v = _clamp(gate.to(compute), up.to(compute), options)
     return (ACTIVATIONS[activation](z, alpha) * v).to(out_dtype)
@@ -108,7 +102,7 @@ def differentiate(
     options: GluOptions,
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up, in the dtype they are computed in."""
-    compute = _compute_dtype(grad.dtype, gate.dtype, up.dtype)
+    compute = _op.compute_dtype(grad, gate, up)
     grad, gate, up = grad.to(compute), gate.to(compute), up.to(compute)
     z, v = _clamp(gate, up, options)
     gate_grad = grad * v * SLOPES[options.activation](z, options.alpha)
@@ -120,25 +114,18 @@ def differentiate(
     return gate_grad, up_grad
 
 
-TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-
 torch.library.define(
     "graphfuse::glu",
     "(Tensor gate, Tensor up, str activation, float alpha, float gate_max, float up_limit, "
     "float up_offset, ScalarType out_dtype) -> Tensor",
-    tags=TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::glu_backward",
     "(Tensor grad, Tensor gate, Tensor up, str activation, float alpha, float gate_max, "
     "float up_limit, float up_offset) -> (Tensor, Tensor)",
-    tags=TAGS,
+    tags=_op.TAGS,
 )
-
-
-def launches(*tensors: Tensor) -> bool:
-    dtypes = (tensor.dtype for tensor in tensors)
-    return tensors[0].is_cuda and HAS_TRITON and _compute_dtype(*dtypes) == torch.float32
 
 
 def _forward(
@@ -153,7 +140,7 @@ def _forward(
 ) -> Tensor:
     y = torch.empty_like(gate, dtype=out_dtype)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
-    if launches(gate, up, y):
+    if _op.launches(gate, up, y):
         glu_triton_(gate, up, y, options)
         return y
     return y.copy_(glu_reference(gate, up, *options, out_dtype))
@@ -171,7 +158,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     gate_grad, up_grad = torch.empty_like(gate), torch.empty_like(up)
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
-    if launches(grad, gate, up):
+    if _op.launches(grad, gate, up):
         glu_backward_triton_(grad, gate, up, gate_grad, up_grad, options)
         return gate_grad, up_grad
     grads = differentiate(grad, gate, up, options)
@@ -199,8 +186,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("create_graph: expected False, glu has no second derivative, got True")
+    _op.refuse_second_derivative("glu")
     grads = torch.ops.graphfuse.glu_backward(grad, *ctx.saved_tensors, *ctx.options)
     return *grads, *[None] * 6
 
@@ -251,18 +237,15 @@ def glu(
     out_dtype = out_dtype or gate.dtype
     if up.shape != gate.shape:
         raise ValueError(f"up: expected shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    check({"gate": gate.dtype, "up": up.dtype, "out_dtype": out_dtype}, activation, up_limit)
+    _op.check_dtypes(gate=gate, up=up, out_dtype=out_dtype)
+    check_options(activation, up_limit)
     options = (activation, alpha, gate_max, up_limit, up_offset)
     y: Tensor = torch.ops.graphfuse.glu(gate, up, *options, out_dtype)
     return y
 
 
-def check(dtypes: dict[str, torch.dtype], activation: str, up_limit: float) -> None:
-    """Raise unless dtypes and options are those of `glu`."""
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation}")
+def check_options(activation: str, up_limit: float) -> None:
+    """Raise ValueError unless the options are those of `glu`."""
+    _op.check_choice("activation", activation, ACTIVATIONS)
     if not up_limit >= 0:
         raise ValueError(f"up_limit: expected 0 or a positive number, got {up_limit}")

@@ -23,26 +23,16 @@ Source: Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._layer_norm_kernel import layer_norm_backward_kernel, layer_norm_kernel, plan_backward
-from graphfuse.kernels._rms_norm_kernel import (
-    MAX_ROWS,
-    PARTS_BLOCK_D,
-    PARTS_BLOCK_P,
-    STAGES,
-    NormOptions,
-    add_parts_kernel,
-    num_sms,
-    plan_forward,
-)
-from graphfuse.kernels._triton import HAS_TRITON, tl, triton
-from graphfuse.kernels.rms_norm import DTYPES, MODES, walk_over
+from graphfuse.kernels._rms_norm_kernel import STAGES, NormOptions, num_sms, plan_forward
+from graphfuse.kernels._triton import triton
 
 __all__ = ["layer_norm", "layer_norm_reference"]
 
@@ -59,22 +49,15 @@ def layer_norm_reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Say what the op computes, in differentiable torch operations."""
-    compute = _compute_dtype(x, weight, bias, out_dtype)
+    compute = _op.compute_dtype(x, weight, bias, out_dtype)
     h = x.to(compute)
     if mode == "inside":
         h = functional.layer_norm(h, h.shape[-1:], eps=eps) * gain
     else:
         h = h - h.mean(-1, keepdim=True)
-        # Has a gradient, 0, in a constant row too.
-        root = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / math.sqrt(max(x.shape[-1], 1))
-        h = h * (gain / (root + eps if mode == "outside" else root.clamp(min=eps)))
-    if normalized_dtype.itemsize < 4:
-        h = h.to(normalized_dtype).to(compute)
-    if weight is not None:
-        h = h * (offset + weight.to(compute))
-    if bias is not None:
-        h = h + bias.to(compute)
-    return h.to(out_dtype)
+        h = h * (gain * _norm.reciprocal_root(h, eps, mode))
+    h = _norm.round_and_weigh(h, weight, offset, normalized_dtype)
+    return (h if bias is None else h + bias.to(compute)).to(out_dtype)
 
 
 def _differentiate(
@@ -85,41 +68,17 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight and bias, in the dtype they are computed in."""
     eps, gain, offset, mode = options
-    compute = _compute_dtype(x, weight, grad)
+    compute = _op.compute_dtype(x, weight, grad)
     grad, x = grad.to(compute), x.to(compute)
     x = x - x.mean(-1, keepdim=True)
     x = x - x.mean(-1, keepdim=True)  # what rounding had left of a large mean
-    variance = x.square().mean(-1, keepdim=True)
-    root = variance.sqrt()
-    if mode == "inside":
-        inverse = (variance + eps).rsqrt()
-        k = inverse.square()
-    elif mode == "outside":
-        inverse = 1 / (root + eps)
-        k = torch.where(root > 0, inverse / root, 0)
-    else:
-        inverse = 1 / root.clamp(min=eps)
-        k = torch.where((root >= eps) & (root > 0), inverse.square(), 0)
+    inverse, k = _norm.reciprocal_root_and_slope(x, eps, mode)
     rstd = gain * inverse
-    rows = tuple(range(x.ndim - 1))
-    weight_grad = (grad * (x * rstd)).sum(rows) if rows else grad * (x * rstd)
-    bias_grad = grad.sum(rows) if rows else grad
+    weight_grad, bias_grad = _norm.sum_rows(grad * (x * rstd)), _norm.sum_rows(grad)
     if weight is not None:
         grad = grad * (offset + weight.to(compute))
     grad = grad - x * (k * (grad * x).mean(-1, keepdim=True)) - grad.mean(-1, keepdim=True)
     return rstd * grad, weight_grad, bias_grad
-
-
-def _compute_dtype(*operands: Tensor | torch.dtype | None) -> torch.dtype:
-    dtypes = (operand.dtype if isinstance(operand, Tensor) else operand for operand in operands)
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _launches(x: Tensor, *others: Tensor | torch.dtype | None) -> bool:
-    """Whether the kernels run, rather than the reference."""
-    if not (x.is_cuda and HAS_TRITON) or _compute_dtype(x, *others) == torch.float64:
-        return False
-    return x.numel() <= MAX_ROWS * x.shape[-1]
 
 
 def _launch_forward(
@@ -133,9 +92,8 @@ def _launch_forward(
     """Launch the kernel, which writes `y`."""
     if x.numel() == 0:
         return
-    (x,), walk = walk_over((x,), y)
+    (x,), walk = _norm.walk_over((x,), y)
     launch = plan_forward(x.shape[-1], walk.rows)
-    rounding = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(normalized_dtype)
     with torch.cuda.device(x.device.index if x.is_cuda else -1):
         layer_norm_kernel[(triton.cdiv(walk.rows, launch.block_r),)](
             x,
@@ -150,7 +108,7 @@ def _launch_forward(
             walk.n2,
             x.shape[-1],
             *options,
-            NORMALIZED=rounding,
+            NORMALIZED=_norm.rounding(normalized_dtype),
             BLOCK_R=launch.block_r,
             BLOCK_D=launch.block_d,
             num_warps=launch.num_warps,
@@ -173,7 +131,7 @@ def _launch_backward(
             if total is not None:
                 total.zero_()
         return
-    (grad, x), walk = walk_over((grad, x), x_grad)
+    (grad, x), walk = _norm.walk_over((grad, x), x_grad)
     features = x.shape[-1]
     launch = plan_backward(features, walk.rows)
     tiles = triton.cdiv(walk.rows, launch.block_r)
@@ -202,30 +160,20 @@ def _launch_backward(
             num_warps=launch.num_warps,
         )
         for part, total in zip(parts, totals, strict=True):
-            if total is not None:
-                add_parts_kernel[(triton.cdiv(features, PARTS_BLOCK_D),)](
-                    part,
-                    total,
-                    num_programs,
-                    features,
-                    BLOCK_P=PARTS_BLOCK_P,
-                    BLOCK_D=PARTS_BLOCK_D,
-                )
+            _norm.add_parts_(part, total)
 
-
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 torch.library.define(
     "graphfuse::layer_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, float gain, float offset, str mode, "
     "ScalarType normalized_dtype, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::layer_norm_backward",
     "(Tensor grad, Tensor x, Tensor? weight, float eps, float gain, float offset, str mode, "
     "bool need_weight, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -242,7 +190,7 @@ def _forward(
 ) -> Tensor:
     y = torch.empty_like(x, dtype=out_dtype)
     options = NormOptions(eps, gain, offset, mode)
-    if _launches(x, weight, bias, out_dtype):
+    if _norm.launches(x, weight, bias, out_dtype):
         _launch_forward(x, weight, bias, y, options, normalized_dtype)
         return y
     return y.copy_(layer_norm_reference(x, weight, bias, *options, normalized_dtype, out_dtype))
@@ -264,7 +212,7 @@ def _backward(
     x_grad, weight_grad, bias_grad = grads
     wanted_weight = weight_grad if weight is not None and need_weight else None
     wanted_bias = None if bias_dtype is None else bias_grad
-    if _launches(x, weight, grad):
+    if _norm.launches(x, weight, grad):
         _launch_backward(grad, x, weight, x_grad, wanted_weight, wanted_bias, options)
         return grads
     values = _differentiate(grad, x, weight, options)
@@ -305,9 +253,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        message = "create_graph: expected False, layer_norm has no second derivative, got True"
-        raise RuntimeError(message)
+    _op.refuse_second_derivative("layer_norm")
     x, weight = ctx.saved_tensors
     need_weight = weight is not None and ctx.needs_input_grad[1]
     bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
@@ -363,19 +309,10 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450
     """
     out_dtype = out_dtype or x.dtype
-    vectors = {name: tensor for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None}
-    dtypes = {"x": x.dtype, "normalized_dtype": normalized_dtype, "out_dtype": out_dtype}
-    dtypes |= {name: vector.dtype for name, vector in vectors.items()}
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
-    if x.ndim == 0:
-        raise ValueError("x: expected at least 1 dimension, got 0")
-    for name, vector in vectors.items():
-        if vector.shape != x.shape[-1:]:
-            raise ValueError(f"{name}: expected shape {tuple(x.shape[-1:])}, got {tuple(vector.shape)}")
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
+    _op.check_dtypes(x=x, weight=weight, bias=bias, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
+    _op.check_has_dims(x)
+    _op.check_vectors(x.shape[-1], weight=weight, bias=bias)
+    _op.check_choice("mode", mode, _norm.MODES)
     options = (eps, gain, offset, mode, normalized_dtype, out_dtype)
     y: Tensor = torch.ops.graphfuse.layer_norm(x, weight, bias, *options)
     return y

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _norm, _op
+from graphfuse.kernels._norm import empty_gradients
 from graphfuse.kernels._norm_rope_launch import norm_rope_backward_triton_, norm_rope_triton_
 from graphfuse.kernels._rms_norm_kernel import NormOptions
 from graphfuse.kernels._rope_kernel import Rotation
-from graphfuse.kernels._triton import HAS_TRITON
-from graphfuse.kernels.rms_norm import DTYPES, MODES, differentiate, rms_norm_reference
-from graphfuse.kernels.rope import LAYOUTS, NO_GRADIENT, TABLES, check_shapes, rope_reference, rotate
+from graphfuse.kernels.rms_norm import differentiate, rms_norm_reference
+from graphfuse.kernels.rope import NO_GRADIENT, check_layouts, check_shapes, rope_reference, rotate
 
 __all__ = ["norm_rope", "norm_rope_reference"]
 
@@ -50,7 +51,7 @@ def norm_rope_reference(
 ) -> Tensor:
     """Say what the op computes, in differentiable torch operations."""
     # Between the two only 16-bit dtypes round.
-    middle = rotated_dtype if rotated_dtype.itemsize < 4 else _compute_dtype(x, weight, cos, sin, out_dtype)
+    middle = rotated_dtype if rotated_dtype.itemsize < 4 else _op.compute_dtype(x, weight, cos, sin, out_dtype)
     rows = _rows(x, across)
     n = rms_norm_reference(rows, weight, eps, gain, offset, mode, normalized_dtype, middle)
     n = _heads(n, x, across)
@@ -67,17 +68,6 @@ def _heads(rows: Tensor, x: Tensor, across: int) -> Tensor:
     return rows if across < 0 else rows.unflatten(-1, (x.shape[across], x.shape[-1])).movedim(-2, across)
 
 
-def _compute_dtype(*operands: Tensor | torch.dtype | None) -> torch.dtype:
-    dtypes = (operand.dtype if isinstance(operand, Tensor) else operand for operand in operands)
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _launches(x: Tensor, *others: Tensor | torch.dtype | None) -> bool:
-    """Whether the kernels run, rather than the reference."""
-    return x.numel() > 0 and x.is_cuda and HAS_TRITON and _compute_dtype(x, *others) == torch.float32
-
-
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _OPTIONS = (
     "float eps, float gain, float offset, str mode, {dtypes}str layout, str out_layout, str table, bool reverse, "
     "int start, int across"
@@ -88,14 +78,14 @@ torch.library.define(
     "(Tensor x, Tensor? weight, Tensor cos, Tensor sin, "
     + _OPTIONS.format(dtypes="ScalarType normalized_dtype, ScalarType rotated_dtype, ")
     + ", ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::norm_rope_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor cos, Tensor sin, "
     + _OPTIONS.format(dtypes="")
     + ", bool need_weight) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -121,7 +111,7 @@ def _forward(
     y = torch.empty_like(x, dtype=out_dtype)
     options, rotation = NormOptions(eps, gain, offset, mode), Rotation(layout, out_layout, table, reverse, start)
     dtypes = (normalized_dtype, rotated_dtype)
-    if _launches(x, weight, cos, sin, out_dtype):
+    if x.numel() > 0 and _op.launches(x, weight, cos, sin, out_dtype):
         plain = None if weight is None else weight.contiguous()
         if norm_rope_triton_(x, plain, cos, sin, y, options, dtypes, rotation, across):
             return y
@@ -147,27 +137,20 @@ def _backward(
     across: int,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    x_grad, weight_grad = _empty_gradients(x, weight, need_weight)
+    x_grad, weight_grad = empty_gradients(x, weight, need_weight)
     options, rotation = NormOptions(eps, gain, offset, mode), Rotation(layout, out_layout, table, reverse, start)
     wanted = weight_grad if weight is not None and need_weight else None
-    if _launches(x, weight, cos, sin, grad):
+    if x.numel() > 0 and _op.launches(x, weight, cos, sin, grad):
         plain = None if weight is None else weight.contiguous()
         if norm_rope_backward_triton_(grad, x, plain, cos, sin, x_grad, wanted, options, rotation, across):
             return x_grad, weight_grad
-    compute = _compute_dtype(x, weight, cos, sin, grad)
+    compute = _op.compute_dtype(x, weight, cos, sin, grad)
     turned = _rows(rotate(grad, cos, sin, rotation.transposed(), compute), across)
     grads = differentiate(turned, _rows(x, across), weight, options)
     x_grad.copy_(_heads(grads[0], x, across))
     if wanted is not None:
         wanted.copy_(grads[1])
     return x_grad, weight_grad
-
-
-def _empty_gradients(x: Tensor, weight: Tensor | None, need_weight: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the results of backward; that of weight has no elements if not needed."""
-    if weight is not None and need_weight:
-        return torch.empty_like(x), torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return torch.empty_like(x), (x if weight is None else weight).new_empty(0)
 
 
 torch.library.impl("graphfuse::norm_rope", "default", _forward)
@@ -181,7 +164,7 @@ def _(x, *args: Any):
 
 @torch.library.register_fake("graphfuse::norm_rope_backward")
 def _(grad, x, weight, *args: Any):
-    return _empty_gradients(x, weight, args[-1])
+    return empty_gradients(x, weight, args[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -194,8 +177,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("create_graph: expected False, norm_rope has no second derivative, got True")
+    _op.refuse_second_derivative("norm_rope")
     x, weight, cos, sin = ctx.saved_tensors
     need_weight = weight is not None and ctx.needs_input_grad[1]
     args = (x, weight, cos, sin, *ctx.options, need_weight)
@@ -262,17 +244,10 @@ def norm_rope(
     Source: Henry et al. 2020, https://arxiv.org/abs/2010.04245; Su et al. 2021, https://arxiv.org/abs/2104.09864
     """
     out_dtype, rotated_dtype, out_layout = out_dtype or x.dtype, rotated_dtype or x.dtype, out_layout or layout
-    dtypes = {"x": x.dtype, "cos": cos.dtype, "sin": sin.dtype, "normalized_dtype": normalized_dtype}
-    dtypes |= {"rotated_dtype": rotated_dtype, "out_dtype": out_dtype}
-    if weight is not None:
-        dtypes["weight"] = weight.dtype
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
-    choices = (("mode", mode, MODES), ("layout", layout, LAYOUTS), ("out_layout", out_layout, LAYOUTS))
-    for name, value, known in (*choices, ("table", table, TABLES)):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value}")
+    given: dict[str, _op.Operand] = {"x": x, "weight": weight, "cos": cos, "sin": sin}
+    _op.check_dtypes(**given, normalized_dtype=normalized_dtype, rotated_dtype=rotated_dtype, out_dtype=out_dtype)
+    _op.check_choice("mode", mode, _norm.MODES)
+    check_layouts(layout, out_layout, table)
     check_shapes(x, cos, sin, table, start)
     rotated = cos.shape[-1] * (2 if table == "shared" else 1)
     if 0 < start != x.shape[-1] - rotated:
@@ -280,8 +255,7 @@ def norm_rope(
     if across is not None and not 0 <= across < x.ndim - 1:
         raise ValueError(f"across: expected a leading dim of {x.ndim - 1}, got {across}")
     width = x.shape[-1] * (1 if across is None else x.shape[across])
-    if weight is not None and tuple(weight.shape) != (width,):
-        raise ValueError(f"weight: expected shape ({width},), got {tuple(weight.shape)}")
+    _op.check_vectors(width, weight=weight)
     norm = (eps, gain, offset, mode, normalized_dtype, rotated_dtype)
     rotation = (layout, out_layout, table, reverse, start)
     across = -1 if across is None else across

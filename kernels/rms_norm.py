@@ -21,33 +21,25 @@ Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _norm, _op
+from graphfuse.kernels._norm import empty_gradients, walk_over
 from graphfuse.kernels._rms_norm_kernel import (
-    MAX_ROWS,
-    PARTS_BLOCK_D,
-    PARTS_BLOCK_P,
     STAGES,
     NormOptions,
-    Walk,
-    add_parts_kernel,
     num_sms,
     plan_backward,
     plan_forward,
-    plan_walk,
     rms_norm_backward_kernel,
     rms_norm_kernel,
 )
-from graphfuse.kernels._triton import HAS_TRITON, tl, triton
+from graphfuse.kernels._triton import triton
 
 __all__ = ["rms_norm", "rms_norm_reference"]
-
-MODES = ("inside", "outside", "clamp")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def rms_norm_reference(
@@ -61,20 +53,9 @@ def rms_norm_reference(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Say what the op computes, in differentiable torch operations."""
-    compute = compute_dtype(x, weight, out_dtype)
-    h = x.to(compute)
-    if mode == "inside":
-        rstd = (h.square().mean(-1, keepdim=True) + eps).rsqrt()
-    else:
-        # Has a gradient, 0, in a row of zeros too.
-        root = torch.linalg.vector_norm(h, dim=-1, keepdim=True) / math.sqrt(max(x.shape[-1], 1))
-        rstd = 1 / (root + eps if mode == "outside" else root.clamp(min=eps))
-    h = h * (gain * rstd)
-    if normalized_dtype.itemsize < 4:
-        h = h.to(normalized_dtype).to(compute)
-    if weight is not None:
-        h = h * (offset + weight.to(compute))
-    return h.to(out_dtype)
+    h = x.to(_op.compute_dtype(x, weight, out_dtype))
+    h = h * (gain * _norm.reciprocal_root(h, eps, mode))
+    return _norm.round_and_weigh(h, weight, offset, normalized_dtype).to(out_dtype)
 
 
 def differentiate(
@@ -85,37 +66,14 @@ def differentiate(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and weight, in the dtype they are computed in."""
     eps, gain, offset, mode = options
-    compute = compute_dtype(x, weight, grad.dtype)
+    compute = _op.compute_dtype(x, weight, grad)
     grad, x = grad.to(compute), x.to(compute)
-    mean = x.square().mean(-1, keepdim=True)
-    if mode == "inside":
-        inverse = (mean + eps).rsqrt()
-        k = inverse.square()
-    elif mode == "outside":
-        root = mean.sqrt()
-        inverse = 1 / (root + eps)
-        k = torch.where(root > 0, inverse / root, 0)
-    else:
-        root = mean.sqrt()
-        inverse = 1 / root.clamp(min=eps)
-        k = torch.where((root >= eps) & (root > 0), inverse.square(), 0)
+    inverse, k = _norm.reciprocal_root_and_slope(x, eps, mode)
     rstd = gain * inverse
-    weight_grad = (grad * (x * rstd)).flatten(end_dim=-2).sum(0) if x.ndim > 1 else grad * x * rstd
+    weight_grad = _norm.sum_rows(grad * (x * rstd))
     if weight is not None:
         grad = grad * (offset + weight.to(compute))
     return rstd * (grad - x * (k * (grad * x).mean(-1, keepdim=True))), weight_grad
-
-
-def compute_dtype(x: Tensor, weight: Tensor | None, other: torch.dtype) -> torch.dtype:
-    dtypes = (x.dtype, other, other if weight is None else weight.dtype)
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def launches(x: Tensor, weight: Tensor | None, other: torch.dtype) -> bool:
-    """Whether the kernels run, rather than the reference."""
-    if not (x.is_cuda and HAS_TRITON) or compute_dtype(x, weight, other) == torch.float64:
-        return False
-    return x.numel() <= MAX_ROWS * x.shape[-1]
 
 
 def launch_forward(
@@ -156,17 +114,12 @@ def launch_forward(
             walk.n2,
             x.shape[-1],
             *options,
-            NORMALIZED=rounding(normalized_dtype),
-            ROUNDED=rounding(rounded_dtype),
+            NORMALIZED=_norm.rounding(normalized_dtype),
+            ROUNDED=_norm.rounding(rounded_dtype),
             BLOCK_R=launch.block_r,
             BLOCK_D=launch.block_d,
             num_warps=launch.num_warps,
         )
-
-
-def rounding(dtype: torch.dtype) -> Any:
-    """Return what Triton calls a dtype that rounds fp32, or None."""
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype)
 
 
 def launch_backward(
@@ -214,40 +167,20 @@ def launch_backward(
             STAGES=STAGES,
             num_warps=launch.num_warps,
         )
-        if parts is not None:
-            add_parts_kernel[(triton.cdiv(features, PARTS_BLOCK_D),)](
-                parts,
-                weight_grad,
-                num_programs,
-                features,
-                BLOCK_P=PARTS_BLOCK_P,
-                BLOCK_D=PARTS_BLOCK_D,
-            )
+        _norm.add_parts_(parts, weight_grad)
 
-
-def walk_over(inputs: tuple[Tensor, ...], output: Tensor) -> tuple[tuple[Tensor, ...], Walk]:
-    """Return the walk, and the inputs, copied if their strides allow none."""
-    walk = plan_walk(output.shape, *(x.stride() for x in inputs), output.stride())
-    if walk is None:
-        inputs = tuple(torch.empty_like(output, dtype=x.dtype).copy_(x) for x in inputs)
-        walk = plan_walk(output.shape, *(x.stride() for x in inputs), output.stride())
-    assert walk is not None, "dense tensors of one layout have at most two leading dims"
-    return inputs, walk
-
-
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 torch.library.define(
     "graphfuse::rms_norm",
     "(Tensor x, Tensor? weight, float eps, float gain, float offset, str mode, "
     "ScalarType normalized_dtype, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::rms_norm_backward",
     "(Tensor grad, Tensor x, Tensor? weight, float eps, float gain, float offset, str mode, "
     "bool need_weight) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -263,7 +196,7 @@ def _forward(
 ) -> Tensor:
     y = torch.empty_like(x, dtype=out_dtype)
     options = NormOptions(eps, gain, offset, mode)
-    if launches(x, weight, out_dtype):
+    if _norm.launches(x, weight, out_dtype):
         launch_forward(x, weight, y, options, normalized_dtype)
         return y
     return y.copy_(rms_norm_reference(x, weight, *options, normalized_dtype, out_dtype))
@@ -281,7 +214,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     x_grad, weight_grad = empty_gradients(x, weight, need_weight)
     options = NormOptions(eps, gain, offset, mode)
-    if launches(x, weight, grad.dtype):
+    if _norm.launches(x, weight, grad):
         wanted = weight_grad if weight is not None and need_weight else None
         launch_backward(grad, x, weight, x_grad, wanted, options)
         return x_grad, weight_grad
@@ -290,14 +223,6 @@ def _backward(
     if weight is not None and need_weight:
         weight_grad.copy_(grads[1])
     return x_grad, weight_grad
-
-
-def empty_gradients(x: Tensor, weight: Tensor | None, need_weight: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the results of backward; that of weight has no elements if not needed."""
-    x_grad = torch.empty_like(x)
-    if weight is not None and need_weight:
-        return x_grad, torch.empty_like(weight)
-    return x_grad, (x if weight is None else weight).new_empty(0)
 
 
 torch.library.impl("graphfuse::rms_norm", "default", _forward)
@@ -321,9 +246,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        message = "create_graph: expected False, rms_norm has no second derivative, got True"
-        raise RuntimeError(message)
+    _op.refuse_second_derivative("rms_norm")
     x, weight = ctx.saved_tensors
     need_weight = weight is not None and ctx.needs_input_grad[1]
     args = (x, weight, *ctx.options, need_weight)
@@ -374,18 +297,10 @@ def rms_norm(
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
     out_dtype = out_dtype or x.dtype
-    dtypes = {"x": x.dtype, "normalized_dtype": normalized_dtype, "out_dtype": out_dtype}
-    if weight is not None:
-        dtypes["weight"] = weight.dtype
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
-    if x.ndim == 0:
-        raise ValueError("x: expected at least 1 dimension, got 0")
-    if weight is not None and weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight: expected shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode}")
+    _op.check_dtypes(x=x, weight=weight, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
+    _op.check_has_dims(x)
+    _op.check_vectors(x.shape[-1], weight=weight)
+    _op.check_choice("mode", mode, _norm.MODES)
     options = (eps, gain, offset, mode, normalized_dtype, out_dtype)
     y: Tensor = torch.ops.graphfuse.rms_norm(x, weight, *options)
     return y

@@ -25,14 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _op
 from graphfuse.kernels._rope_kernel import Rotation, rotate_triton_
-from graphfuse.kernels._triton import HAS_TRITON
 
 __all__ = ["rope", "rope_reference"]
 
 LAYOUTS = ("half", "interleaved")
 TABLES = ("shared", "half", "interleaved")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_GRADIENT = "expected a table that needs no gradient, got one that requires it"
 
 
@@ -59,7 +58,7 @@ def rotate(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Do what the reference does, or the transpose of it."""
-    compute = _compute_dtype(x.dtype, cos.dtype, sin.dtype, out_dtype)
+    compute = _op.compute_dtype(x, cos, sin, out_dtype)
     start, stop = rotation.start, rotation.start + rotation.features(cos.shape[-1])
     a, b = _pairs(x[..., start:stop].to(compute), rotation.layout)
     cos1, cos2 = _pairs(cos.to(compute), rotation.table)
@@ -86,36 +85,24 @@ def _pairs(values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     return values[..., :middle], values[..., middle:]
 
 
-def _compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _launches(*tensors: Tensor) -> bool:
-    dtypes = (tensor.dtype for tensor in tensors)
-    return tensors[0].is_cuda and HAS_TRITON and _compute_dtype(*dtypes) == torch.float32
-
-
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, rotation: Rotation) -> Tensor:
     """Write the rotated x into `y`, whatever its strides."""
-    launches = y.numel() > 0 and _launches(x, cos, sin, y)
-    if launches and rotate_triton_(x, cos, sin, y, rotation):
+    if y.numel() > 0 and _op.launches(x, cos, sin, y) and rotate_triton_(x, cos, sin, y, rotation):
         return y
     return y.copy_(rotate(x, cos, sin, rotation, y.dtype))
 
-
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 torch.library.define(
     "graphfuse::rope",
     "(Tensor x, Tensor cos, Tensor sin, str layout, str out_layout, str table, bool reverse, "
     "int start, ScalarType out_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::rope_backward",
     "(Tensor grad, Tensor cos, Tensor sin, SymInt[] stride, str layout, str out_layout, "
     "str table, bool reverse, int start, ScalarType x_dtype) -> Tensor",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -249,27 +236,24 @@ def rope(
     """
     out_layout = out_layout or layout
     out_dtype = out_dtype or x.dtype
-    dtypes = {"x": x.dtype, "cos": cos.dtype, "sin": sin.dtype, "out_dtype": out_dtype}
-    for name, dtype in dtypes.items():
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
-    for name, value, choices in (
-        ("layout", layout, LAYOUTS),
-        ("out_layout", out_layout, LAYOUTS),
-        ("table", table, TABLES),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
+    _op.check_dtypes(x=x, cos=cos, sin=sin, out_dtype=out_dtype)
+    check_layouts(layout, out_layout, table)
     check_shapes(x, cos, sin, table, start)
     args = (layout, out_layout, table, reverse, start, out_dtype)
     y: Tensor = torch.ops.graphfuse.rope(x, cos, sin, *args)
     return y
 
 
+def check_layouts(layout: str, out_layout: str, table: str) -> None:
+    """Raise ValueError unless all are known."""
+    _op.check_choice("layout", layout, LAYOUTS)
+    _op.check_choice("out_layout", out_layout, LAYOUTS)
+    _op.check_choice("table", table, TABLES)
+
+
 def check_shapes(x: Tensor, cos: Tensor, sin: Tensor, table: str, start: int) -> None:
     """Raise ValueError unless x and its tables fit."""
-    if x.ndim == 0:
-        raise ValueError("x: expected at least 1 dimension, got 0")
+    _op.check_has_dims(x)
     width = cos.shape[-1] if cos.ndim else 0
     wanted = (*x.shape[:-1], width)
     for name, values in (("cos", cos), ("sin", sin)):

@@ -10,8 +10,6 @@ import pytest
 import torch
 
 from graphfuse.kernels import _glu_kernel as kernel
-from graphfuse.kernels import _packed_glu as packed_module
-from graphfuse.kernels import glu as module
 from graphfuse.kernels._packed_glu import PACKINGS, packed_glu, unpack
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.glu import ACTIVATIONS, glu, glu_reference
@@ -26,20 +24,6 @@ INF = math.inf
 SILU = ("silu", 1.0, INF, INF, 0.0)
 GPT_OSS = ("swish", 1.702, 7.0, 7.0, 1.0)
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def path(request, monkeypatch):
-    """Everything in torch operations, or as a kernel."""
-    for place in (module, packed_module):
-        monkeypatch.setattr(place, "launches", lambda *tensors: request.param == "triton")
-    return request.param
-
-
-def skip_bf16_in_the_interpreter(path, device, *dtypes):
-    """It multiplies bf16 as bit patterns."""
-    if torch.bfloat16 in dtypes and path == "triton" and device == "cpu":
-        pytest.skip("needs a CUDA GPU")
 
 
 def problem(device, shape=(3, 5, 24), dtype=torch.float32, size=4.0):
@@ -57,7 +41,6 @@ def check(gate, up, options=SILU, out_dtype=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_no_worse_than_eager(path, device, activation, dtype):
-    skip_bf16_in_the_interpreter(path, device, dtype)
     check(*problem(device, dtype=dtype), (activation, 1.3, INF, INF, 0.0))
 
 
@@ -74,7 +57,6 @@ def test_no_worse_than_eager(path, device, activation, dtype):
     ids=str,
 )
 def test_clamps(path, device, options, dtype):
-    skip_bf16_in_the_interpreter(path, device, dtype)
     check(*problem(device, dtype=dtype), options)
 
 
@@ -126,7 +108,6 @@ def reference_grads(grad, gate, up, options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=["same", "fp32"])
 def test_mixes_dtypes(path, device, dtype, up_dtype, out_dtype):
-    skip_bf16_in_the_interpreter(path, device, dtype, up_dtype)
     gate, up = problem(device)
     gate, up = gate.detach().to(dtype), up.detach().to(up_dtype)
     check(gate.requires_grad_(), up.requires_grad_(), GPT_OSS, out_dtype)
@@ -281,7 +262,6 @@ def packed_reference(packed, packing, *options):
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("options", [SILU, GPT_OSS], ids=str)
 def test_packed_is_no_worse_than_eager(path, device, options, packing, dtype):
-    skip_bf16_in_the_interpreter(path, device, dtype)
     packed = (torch.randn(3, 5, 46, device=device) * 4).to(dtype).requires_grad_()
     assert_no_worse(torch.ops.graphfuse.packed_glu, packed_reference, (packed, packing, *options, dtype))
 

@@ -12,8 +12,9 @@ import torch
 from graphfuse.kernels import _layer_norm_kernel as backward_kernels
 from graphfuse.kernels import _rms_norm_kernel as forward_kernels
 from graphfuse.kernels import layer_norm as module
-from graphfuse.kernels._triton import HAS_TRITON
-from graphfuse.kernels.layer_norm import DTYPES, MODES, layer_norm, layer_norm_reference
+from graphfuse.kernels._norm import MODES
+from graphfuse.kernels._op import DTYPES
+from graphfuse.kernels.layer_norm import layer_norm, layer_norm_reference
 from graphfuse.testing import assert_no_worse
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -37,13 +38,6 @@ EVERY_AFFINE = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))])
-def path(request, monkeypatch):
-    """The op in torch operations, and as kernels."""
-    monkeypatch.setattr(module, "_launches", lambda *_: request.param == "triton")
-    return request.param
-
-
 @pytest.fixture(params=[False, True], ids=["", "in blocks"])
 def in_blocks(request, monkeypatch):
     """Whether rows of more than 64 features count as wide, and are read in blocks of 32."""
@@ -55,12 +49,6 @@ def in_blocks(request, monkeypatch):
         # Neither out of their caches nor into them.
         monkeypatch.setattr(module, "plan_forward", forward_kernels.plan_forward.__wrapped__)
         monkeypatch.setattr(module, "plan_backward", backward_kernels.plan_backward.__wrapped__)
-
-
-def skip_bf16_in_the_interpreter(dtype, path, device):
-    """It multiplies bf16 as bit patterns."""
-    if dtype == BF16 and path == "triton" and device == "cpu":
-        pytest.skip("needs a CUDA GPU")
 
 
 def problem(shape, dtype, device, other_dtype=None):
@@ -96,7 +84,6 @@ def run(call, *inputs, grad=None):
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_eager(shape, dtype, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     # With two features and no eps all of the gradient cancels.
     eps = 0.5 if shape[-1] == 2 else 1e-5
     assert_no_worse(fused(eps=eps), eager(eps=eps), problem(shape, dtype, device))
@@ -105,7 +92,6 @@ def test_no_worse_than_eager(shape, dtype, path, device):
 @EVERY_DTYPE
 @EVERY_OPTION
 def test_no_worse_with_options(options, dtype, in_blocks, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     x, weight, bias = problem((9, 90), dtype, device)
     assert_no_worse(fused(**options), eager(**options), (x, weight, bias, dtype))
     assert_no_worse(fused(**options), eager(**options), (x, None, None, FP32, FP32))
@@ -151,7 +137,6 @@ def test_no_worse_where_the_first_block_differs(in_blocks, path, device):
 @EVERY_DTYPE
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rounds_where_told(offset, dtype, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     # Sums of these and of their squares are exact, in any order: each stands beside its opposite.
     x = torch.randint(1, 17, (33, 128), device=device) / 8
     x = torch.cat([x, -x], dim=-1).to(dtype)
@@ -272,7 +257,6 @@ def test_nan_stays_in_its_row(mode, value, in_blocks, path, device):
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", [(300, 24), (8, 100)], ids=str)
 def test_is_the_same_every_time(shape, dtype, in_blocks, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     inputs = problem(shape, dtype, device)
     assert all(map(torch.equal, run(fused(), *inputs), run(fused(), *inputs)))
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from graphfuse.kernels import _norm_rope_launch as kernel
-from graphfuse.kernels import norm_rope as module
+from graphfuse.kernels._norm import MODES
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.norm_rope import norm_rope, norm_rope_reference
-from graphfuse.kernels.rms_norm import MODES, rms_norm
+from graphfuse.kernels.rms_norm import rms_norm
 from graphfuse.kernels.rope import LAYOUTS, NO_GRADIENT, TABLES, rope
 from graphfuse.testing import assert_no_worse
 
@@ -24,19 +24,6 @@ NORM = (1e-6, 1.0, 0.0, "inside")
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 ACROSS = pytest.mark.parametrize("across", [-1, 1], ids=["each head", "across heads"])
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def path(request, monkeypatch):
-    """Everything in torch operations, or as kernels."""
-    monkeypatch.setattr(module, "_launches", lambda x, *_: request.param == "triton" and x.numel() > 0)
-    return request.param
-
-
-def skip_bf16_in_the_interpreter(path, device, *dtypes):
-    """It multiplies bf16 as bit patterns."""
-    if BF16 in dtypes and path == "triton" and device == "cpu":
-        pytest.skip("needs a CUDA GPU")
 
 
 def problem(device, features=16, table=None, heads=HEADS, dtype=FP32, across=-1, tokens=TOKENS):
@@ -60,7 +47,6 @@ def check(inputs, norm=NORM, rounding=(FP32, None), convention=PLAIN, across=-1,
 @ACROSS
 @pytest.mark.parametrize("rounding", [*itertools.product([FP32, FP16], repeat=2)], ids=str)
 def test_no_worse_than_eager(path, device, rounding, across, dtype):
-    skip_bf16_in_the_interpreter(path, device, dtype)
     check(problem(device, dtype=dtype, across=across), (1e-6, 1.0, 1.0, "inside"), rounding, across=across)
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphfuse.kernels import _rms_norm_kernel as kernels
-from graphfuse.kernels import rms_norm as module
-from graphfuse.kernels._triton import HAS_TRITON
-from graphfuse.kernels.rms_norm import DTYPES, MODES, rms_norm, rms_norm_reference
+from graphfuse.kernels._norm import MODES
+from graphfuse.kernels._op import DTYPES
+from graphfuse.kernels.rms_norm import rms_norm, rms_norm_reference
 from graphfuse.testing import assert_no_worse
 
 FP32, FP16, BF16, FP64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
@@ -31,30 +31,6 @@ OPTIONS = {
 EVERY_OPTION = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))])
-def path(request, monkeypatch):
-    """The op in torch operations, and as kernels."""
-    monkeypatch.setattr(module, "launches", lambda *_: request.param == "triton")
-    return request.param
-
-
-@pytest.fixture(params=[False, True], ids=["", "in blocks"])
-def in_blocks(request, monkeypatch):
-    """Whether rows of more than 64 features count as wide, and are read in blocks of 32."""
-    if request.param:
-        monkeypatch.setattr(kernels, "MAX_BLOCK", 64)
-        monkeypatch.setattr(kernels, "WIDE_BLOCK", 32)
-        # Neither out of their caches nor into them.
-        monkeypatch.setattr(module, "plan_forward", kernels.plan_forward.__wrapped__)
-        monkeypatch.setattr(module, "plan_backward", kernels.plan_backward.__wrapped__)
-
-
-def skip_bf16_in_the_interpreter(dtype, path, device):
-    """It multiplies bf16 as bit patterns."""
-    if dtype == BF16 and path == "triton" and device == "cpu":
-        pytest.skip("needs a CUDA GPU")
 
 
 def problem(shape, dtype, device, weight_dtype=None):
@@ -89,7 +65,6 @@ def run(call, *inputs, grad=None):
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_eager(shape, dtype, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     # With one feature and no eps all of the gradient cancels.
     eps = 0.5 if shape[-1] == 1 else 1e-6
     assert_no_worse(fused(eps=eps), eager(eps=eps), problem(shape, dtype, device))
@@ -98,7 +73,6 @@ def test_no_worse_than_eager(shape, dtype, path, device):
 @EVERY_DTYPE
 @EVERY_OPTION
 def test_no_worse_with_options(options, dtype, in_blocks, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     x, weight = problem((9, 90), dtype, device)
     assert_no_worse(fused(**options), eager(**options), (x, weight, dtype))
     assert_no_worse(fused(**options), eager(**options), (x, None, FP32, FP32))
@@ -123,7 +97,6 @@ def test_no_worse_far_from_one(mode, size, path, device):
 @EVERY_DTYPE
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_rounds_where_told(offset, dtype, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     # Sums of these squares are exact, in any order.
     x = (torch.randint(-16, 17, (33, 200), device=device) / 8).to(dtype)
     weight = problem((33, 200), dtype, device)[1].detach()
@@ -277,7 +250,6 @@ def test_nan_stays_in_its_row(mode, value, in_blocks, path, device):
 @EVERY_DTYPE
 @pytest.mark.parametrize("shape", [(1000, 24), (8, 300)], ids=str)
 def test_is_the_same_every_time(shape, dtype, in_blocks, path, device):
-    skip_bf16_in_the_interpreter(dtype, path, device)
     inputs = problem(shape, dtype, device)
     assert all(map(torch.equal, run(fused(), *inputs), run(fused(), *inputs)))
 

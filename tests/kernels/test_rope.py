@@ -22,19 +22,6 @@ CONVENTIONS = list(itertools.product(LAYOUTS, LAYOUTS, TABLES, [False, True]))
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=NEEDS_TRITON)])
-def path(request, monkeypatch):
-    """Everything in torch operations, or as a kernel."""
-    monkeypatch.setattr(module, "_launches", lambda *tensors: request.param == "triton")
-    return request.param
-
-
-def skip_bf16_in_the_interpreter(path, device, *dtypes):
-    """It multiplies bf16 as bit patterns."""
-    if torch.bfloat16 in dtypes and path == "triton" and device == "cpu":
-        pytest.skip("needs a CUDA GPU")
-
-
 def problem(device, features=16, table=None, heads=HEADS, dtype=torch.float32, table_dtype=None):
     """Return x as models have it, (B, H, S, D) with the heads inside the tokens, and its tables."""
     x = torch.randn(BATCH, TOKENS, heads * features, device=device).to(dtype)
@@ -71,7 +58,6 @@ def test_passes_the_other_features_through(path, device, layout, start):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_dtype", [None, torch.float32], ids=["same", "fp32"])
 def test_mixes_dtypes(path, device, dtype, table_dtype, out_dtype):
-    skip_bf16_in_the_interpreter(path, device, dtype, table_dtype)
     x, cos, sin = problem(device, 24, 16, dtype=dtype, table_dtype=table_dtype)
     check(x, cos, sin, ("interleaved", "half", "half", False, 8), out_dtype)
 

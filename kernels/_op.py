@@ -1,0 +1,59 @@
+"""What every op does alike: the dtype it computes in, when its kernels run, and checks of what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from graphfuse.kernels._triton import HAS_TRITON
+
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Operand = Tensor | torch.dtype | None
+
+
+def compute_dtype(*operands: Operand) -> torch.dtype:
+    """Return fp64 if anything is, else fp32."""
+    dtypes = (operand.dtype if isinstance(operand, Tensor) else operand for operand in operands)
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def launches(x: Tensor, *others: Operand) -> bool:
+    """Whether the kernels run, rather than the reference."""
+    return x.is_cuda and HAS_TRITON and compute_dtype(x, *others) == torch.float32
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Raise RuntimeError in a backward that is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"create_graph: expected False, {op} has no second derivative, got True")
+
+
+def check_dtypes(**operands: Operand) -> None:
+    """Raise TypeError unless all dtypes are known."""
+    for name, operand in operands.items():
+        dtype = operand.dtype if isinstance(operand, Tensor) else operand
+        if dtype is not None and dtype not in DTYPES:
+            raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value}")
+
+
+def check_vectors(width: int, **vectors: Tensor | None) -> None:
+    """Raise ValueError unless all that are given are (width,)."""
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (width,):
+            raise ValueError(f"{name}: expected shape ({width},), got {tuple(vector.shape)}")
+
+
+def check_has_dims(x: Tensor) -> None:
+    """Raise ValueError if there is no last dim."""
+    if x.ndim == 0:
+        raise ValueError("x: expected at least 1 dimension, got 0")

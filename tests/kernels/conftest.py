@@ -1,0 +1,27 @@
+"""Fixtures of every op: both ways to run it, and rows that count as wide."""
+
+import pytest
+import torch
+
+from graphfuse.kernels import _op, _rms_norm_kernel, rms_norm
+from graphfuse.kernels._triton import HAS_TRITON
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))])
+def path(request, monkeypatch, device):
+    """Ops in torch operations, and as kernels."""
+    if request.param == "triton" and device == "cpu" and torch.bfloat16 in request.node.callspec.params.values():
+        pytest.skip("needs a CUDA GPU")  # the interpreter multiplies bf16 as bit patterns
+    monkeypatch.setattr(_op, "launches", lambda *_: request.param == "triton")
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["", "in blocks"])
+def in_blocks(request, monkeypatch):
+    """Whether rows of more than 64 features count as wide, and are read in blocks of 32."""
+    if request.param:
+        monkeypatch.setattr(_rms_norm_kernel, "MAX_BLOCK", 64)
+        monkeypatch.setattr(_rms_norm_kernel, "WIDE_BLOCK", 32)
+        # Neither out of their caches nor into them.
+        monkeypatch.setattr(rms_norm, "plan_forward", _rms_norm_kernel.plan_forward.__wrapped__)
+        monkeypatch.setattr(rms_norm, "plan_backward", _rms_norm_kernel.plan_backward.__wrapped__)

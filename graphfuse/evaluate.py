@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.match import CASTS, INDEXING
+from graphfuse.match import CASTS, INDEXING, VIEWS
 from graphfuse.shadow import LEAF, Value, hint
 
 aten = torch.ops.aten
 
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
 NEW = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}
 FACTORS = (3, 5, 7, 11, 13)  # stand-ins for large sizes: distinct, so that mistaken dimensions disagree
 

@@ -91,15 +91,18 @@ class Pattern:
     why: str = ""
 
 
+ADD = frozenset({aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar})
+SUB = frozenset({aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar, aten.sub_.Scalar})
+MUL = frozenset({aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar})
+DIV = frozenset({aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar})
 CASTS = frozenset({aten._to_copy.default, torch.ops.prims.convert_element_type.default})
 
+# Operations that change the shape alone.
+VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default})
+
 # Operations that only move elements: no arithmetic, at most repetition.
-INDEXING = frozenset(
+INDEXING = VIEWS | frozenset(
     {
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten._reshape_alias.default,
         aten.unsqueeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,

@@ -29,18 +29,13 @@ from typing import Any
 
 import torch
 
-from graphfuse.match import IDENTITIES, scalar
+from graphfuse.match import IDENTITIES, VIEWS, scalar
 from graphfuse.shadow import Value
 
 aten = torch.ops.aten
 
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
 RESHAPES = VIEWS | {aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.unsqueeze.default}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
-MUL = {aten.mul.Tensor, aten.mul_.Tensor, aten.mul.Scalar, aten.mul_.Scalar}
-DIV = {aten.div.Tensor, aten.div_.Tensor, aten.div.Scalar, aten.div_.Scalar}
-ADD = {aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar}
-SUB = {aten.sub.Tensor, aten.sub_.Tensor, aten.sub.Scalar}
 NEG = {aten.neg.default, aten.neg_.default}
 SUM = {aten.sum.default, aten.sum.dim_IntList}
 MEAN = {aten.mean.default, aten.mean.dim}

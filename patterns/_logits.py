@@ -9,15 +9,11 @@ from typing import Any
 
 import torch
 
-from graphfuse.match import CASTS, IDENTITIES, argument
+from graphfuse.match import ADD, CASTS, DIV, IDENTITIES, MUL, SUB, argument
 from graphfuse.patterns._head import (
-    ADD,
-    DIV,
     MEAN,
-    MUL,
     NEG,
     RESHAPES,
-    SUB,
     TRANSPOSES,
     Choice,
     Lane,

@@ -7,14 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from graphfuse.match import CASTS, INDEXING, argument, scalar, strip
+from graphfuse.match import CASTS, DIV, INDEXING, MUL, SUB, argument, scalar, strip
 from graphfuse.shadow import Value
 
 aten = torch.ops.aten
 
-SUB = {aten.sub.Tensor, aten.sub_.Tensor}
-MUL = {aten.mul.Tensor, aten.mul.Scalar}
-DIV = {aten.div.Tensor, aten.div.Scalar}
 WITH_MEAN = {aten.var_mean.correction, aten.std_mean.correction}
 
 

@@ -8,24 +8,8 @@ from typing import Any
 
 import torch
 
-from graphfuse.match import CASTS, IDENTITIES, argument, scalar
-from graphfuse.patterns._head import (
-    ADD,
-    DIV,
-    MEAN,
-    MUL,
-    NEG,
-    RESHAPES,
-    SUB,
-    SUM,
-    Rows,
-    Term,
-    Tokens,
-    Trail,
-    constant,
-    origin,
-    size,
-)
+from graphfuse.match import ADD, CASTS, DIV, IDENTITIES, MUL, SUB, argument, scalar
+from graphfuse.patterns._head import MEAN, NEG, RESHAPES, SUM, Rows, Term, Tokens, Trail, constant, origin, size
 from graphfuse.shadow import Shadow, Value
 
 aten = torch.ops.aten

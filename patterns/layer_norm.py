@@ -26,6 +26,10 @@ from torch import Tensor
 from graphfuse import algebra
 from graphfuse.kernels import layer_norm as _  # noqa: F401  (registers the op)
 from graphfuse.match import (
+    ADD,
+    DIV,
+    MUL,
+    SUB,
     Match,
     Pattern,
     Refusal,
@@ -40,18 +44,16 @@ from graphfuse.match import (
     strip,
     unrounded,
 )
-from graphfuse.patterns._mean import SUB, WITH_MEAN, Over, centred, mean_of
-from graphfuse.patterns.rms_norm import (
-    ADD,
+from graphfuse.patterns._mean import WITH_MEAN, Over, centred, mean_of
+from graphfuse.patterns._statistic import (
     CLAMP_MIN,
-    DIV,
-    MUL,
     Statistic,
-    _follow,
-    _one_dimensional,
-    _squared,
-    _start,
-    _weight,
+    follow,
+    inverse_root,
+    one_dimensional,
+    squared,
+    start,
+    weight_of,
 )
 from graphfuse.shadow import Shadow, Value, hint
 
@@ -95,7 +97,7 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         if value.op is aten.native_layer_norm.default:
             found = _native(value) if value.output == 0 else None
         else:
-            statistic = _variance(value, statistics) or _follow(value, statistics)
+            statistic = _variance(value, statistics) or follow(value, statistics)
             if statistic is not None:
                 statistics[value] = statistic
             found = _meet(value, statistics)
@@ -116,7 +118,7 @@ def _native(value: Value) -> Norm | Refusal:
         )
     norm = Norm(value, value, unrounded(x), float(eps), torch.float32 if x.dtype.itemsize < 4 else x.dtype)
     if weight is not None:
-        weight, offset = _weight(weight, width) or (weight, 0.0)
+        weight, offset = weight_of(weight, width) or (weight, 0.0)
         norm = dataclasses.replace(norm, weight=weight, offset=offset)
     if bias is not None:
         norm = dataclasses.replace(norm, bias=_vector(bias, width) or bias)
@@ -134,7 +136,7 @@ def _variance(value: Value, statistics: dict[Value, Statistic]) -> Statistic | N
         at_zero = value.op is aten.relu.default or number(argument(value, 1, "min")) == 0.0
         upper = number(argument(value, 2, "max"))
         return statistic if at_zero and upper is None and statistic.b == 0.0 and statistic.c > 0 else None
-    moment = _start(value)
+    moment = start(value)
     found = centred(moment.x) if moment is not None else None
     if moment is None or found is None:
         return None
@@ -158,7 +160,7 @@ def _of_variance(value: Value) -> Statistic | None:
 
 def _of_difference(left: Value, right: Value) -> Statistic | None:
     """mean(x ** 2) - mean(x) ** 2."""
-    statistic, mean = _start(strip(left)), _squared(right)
+    statistic, mean = start(strip(left)), squared(right)
     found = mean_of(mean) if mean is not None else None
     if statistic is None or found is None or strip(statistic.x) is not strip(found.x):
         return None
@@ -207,7 +209,7 @@ def _multiplied(core: Value, product: Value, statistic: Statistic) -> Norm | Non
     weight = statistic.weight
     if (constant := scalar(factor)) is not None:
         gain = constant
-    elif isinstance(factor, Value) and (weight is not None or (weight := _weight(factor, statistic.width)) is None):
+    elif isinstance(factor, Value) and (weight is not None or (weight := weight_of(factor, statistic.width)) is None):
         return None
     x = unrounded(found.x)
     if x is not unrounded(statistic.x) and strip(x) is strip(statistic.x):
@@ -246,7 +248,7 @@ def _after(norm: Norm, user: Value) -> Norm | None:
     width = user.shape[-1]
     dtype = norm.output.dtype if norm.is_plain else norm.normalized_dtype
     grown = dataclasses.replace(norm, output=user, normalized_dtype=dtype)
-    if user.op in MUL and norm.is_plain and (weight := _weight(factor, width)) is not None:
+    if user.op in MUL and norm.is_plain and (weight := weight_of(factor, width)) is not None:
         return dataclasses.replace(grown, weight=weight[0], offset=weight[1])
     if user.op in ADD and norm.bias is None and (bias := _vector(factor, width)) is not None:
         return dataclasses.replace(grown, bias=bias)
@@ -255,7 +257,7 @@ def _after(norm: Norm, user: Value) -> Norm | None:
 
 def _vector(value: Value, width: int) -> Value | None:
     """The value as one number per feature, before casts and views, if that is what it is."""
-    value = _one_dimensional(strip(value))
+    value = one_dimensional(strip(value))
     return value if value.shape == (width,) and value.dtype.is_floating_point else None
 
 
@@ -320,16 +322,11 @@ def _match(norm: Norm) -> Match:
 
 
 def _formula(norm: Norm) -> str:
-    x, eps = algebra.symbol("x"), algebra.number(norm.eps)
-    variance = algebra.apply("var", x)
-    root = {
-        "inside": algebra.power(algebra.total(variance, eps), "-1/2"),
-        "outside": algebra.power(algebra.total(algebra.power(variance, "1/2"), eps), -1),
-        "clamp": algebra.power(algebra.apply("max", algebra.power(variance, "1/2"), eps), -1),
-    }
+    x = algebra.symbol("x")
+    root = inverse_root(norm.mode, algebra.apply("var", x), norm.eps)
     centre = algebra.total(x, -algebra.apply("mean", x))
     scale = 1 if norm.weight is None else algebra.total(algebra.number(norm.offset), algebra.symbol("w"))
-    normalized = algebra.product(centre, algebra.number(norm.gain), root[norm.mode], scale)
+    normalized = algebra.product(centre, algebra.number(norm.gain), root, scale)
     return algebra.write(algebra.total(normalized, 0 if norm.bias is None else algebra.symbol("b")))
 
 

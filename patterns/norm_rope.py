@@ -20,13 +20,11 @@ from torch import Tensor
 
 from graphfuse.kernels import norm_rope as _  # noqa: F401  (registers the op)
 from graphfuse.kernels._norm_rope_launch import fits_across
-from graphfuse.match import IDENTITIES, Match, Pattern, Refusal
+from graphfuse.match import IDENTITIES, VIEWS, Match, Pattern, Refusal
 from graphfuse.patterns import rms_norm, rope
 from graphfuse.shadow import Shadow, Value
 
 aten = torch.ops.aten
-
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:

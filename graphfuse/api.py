@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from graphfuse import record
-from graphfuse.backend import Backend, pattern_names
+from graphfuse.backend import Backend, calls, pattern_names
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
 from graphfuse.reporting import Report
@@ -111,13 +111,18 @@ def report(model: Callable[..., Any]) -> Report:
         TypeError: a function that did not come from `optimize`; use `last_report` after calling it.
     """
     if isinstance(model, nn.Module):
-        return record.report_of(model)
+        return _counted(record.report_of(model))
     backend = getattr(model, "__graphfuse_backend__", None)
     if backend is None:
         raise TypeError(f"model: expected a module or what optimize() returned, got {type(model).__name__}")
-    return record.report_of_owner(backend)
+    return _counted(record.report_of_owner(backend))
 
 
 def last_report() -> Report:
     """The report of the model or function that was compiled last."""
-    return record.last()
+    return _counted(record.last())
+
+
+def _counted(found: Report) -> Report:
+    found.calls = calls({site.pattern for site in found.rewritten})
+    return found

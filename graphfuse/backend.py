@@ -6,9 +6,10 @@ the graph as it was, one warning and a line in the report.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class Backend:
 def pattern_names() -> list[str]:
     """The names in the catalogue, in its order."""
     return [pattern.name for pattern in CATALOGUE]
+
+
+def calls(names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """How many calls of this process took which way, for the patterns of these names whose kernels have several."""
+    return {p.name: dict(p.ways) for p in CATALOGUE if p.name in names and p.ways}
 
 
 def compile_graph(
@@ -161,9 +167,10 @@ def _rewrite_shadow(
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
-                with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
-                    evidence = gather(found, shadow, pattern.why)
-                refusal = _uncapturable(found, config) or rewrite(found, shadow)
+                with _uncounted(pattern):
+                    with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
+                        evidence = gather(found, shadow, pattern.why)
+                    refusal = _uncapturable(found, config) or rewrite(found, shadow)
                 graph_record.add(refusal or found, evidence)
                 if refusal is None:
                     taken.update(region)
@@ -172,12 +179,24 @@ def _rewrite_shadow(
     return taken
 
 
+@contextlib.contextmanager
+def _uncounted(pattern: Pattern) -> Iterator[None]:
+    """Calls of a proof are nobody's."""
+    before = pattern.ways.copy()
+    try:
+        yield
+    finally:
+        pattern.ways.clear()
+        pattern.ways.update(before)
+
+
 def _uncapturable(match: Match, config: Config) -> Refusal | None:
     """What waits for the device would cost the graph its CUDA graphs."""
     if not match.waits or not config.captures or match.anchor.tensor.device.type != "cuda":
         return None
     reason = f"mode: expected one without CUDA graphs, as the host has to wait here, got {config.mode!r}"
-    return Refusal(match.pattern, match.anchor, reason, match.covers)
+    hint = "use another mode; or give no attention_mask where nothing is padded, and the mask is a constant"
+    return Refusal(match.pattern, match.anchor, reason, match.covers, hint)
 
 
 def _finish(shadow: Shadow) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -83,12 +84,14 @@ class Refusal:
 class Pattern:
     """What to look for. `find` yields every site of a shadow once, outermost region only.
 
-    `why` says in a few words what its kernel does better than the region.
+    `why` says in a few words what its kernel does better than the region. Where the kernel decides on every call which
+    way to go, `ways` counts the calls of this process by the way that they took.
     """
 
     name: str
     find: Callable[[Shadow], Iterator[Match | Refusal]]
     why: str = ""
+    ways: Counter[str] = field(default_factory=Counter)
 
 
 ADD = frozenset({aten.add.Tensor, aten.add_.Tensor, aten.add.Scalar, aten.add_.Scalar})

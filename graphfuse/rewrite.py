@@ -20,30 +20,42 @@ from graphfuse.certify import certify
 from graphfuse.match import CASTS, IDENTITIES, Match, Refusal
 from graphfuse.shadow import LEAF, Shadow, Value, hint, storage_key
 
+TAKE_APART = "call the operations that it is made of one by one"
+ONE_MODE = "compute all of it inside the no_grad block, or all of it outside"
+NEW_TENSOR = "make a new tensor instead of changing one in place: x = x + y, not x += y"
+IN_ORDER = "compute it before the results that are used together with it"
 
-def obstacle(match: Match, shadow: Shadow) -> str | None:
+
+def obstacle(match: Match, shadow: Shadow) -> Refusal | None:
     """Why the region cannot be replaced as a whole, or `None` if it can."""
     region = shadow.cone(match.outputs, match.inputs)
     for value in match.outputs:
         if value not in shadow.node_of:
-            return f"output: expected the result of a graph node, got a value inside {value.node.name}"
+            reason = f"output: expected the result of a graph node, got a value inside {value.node.name}"
+            return _refuse(match, reason, TAKE_APART)
     for value in match.inputs:
-        if (reason := _unreachable(value, shadow)) is not None:
-            return reason
+        if (inside := _unreachable(value, shadow)) is not None:
+            reason = f"input: expected the result of a graph node, got a value inside {inside.node.name}"
+            return _refuse(match, reason, TAKE_APART)
     for value in region:
         if value.op is LEAF:
-            return f"{value.node.name}: expected a computed value, got one from outside the region"
+            return _refuse(match, f"{value.node.name}: expected a computed value, got one from outside the region")
     modes = {value.grad_mode for value in region}
     if len(modes) > 1:
-        return "grad mode: expected one for the whole region, got a change inside"
-    return _mutation(match, region, shadow)
+        return _refuse(match, "grad mode: expected one for the whole region, got a change inside", ONE_MODE)
+    changed = _mutation(match, region, shadow)
+    return None if changed is None else _refuse(match, changed, NEW_TENSOR)
 
 
-def _unreachable(value: Value, shadow: Shadow) -> str | None:
-    """Inputs inside a node are made again in the graph; that takes operations without side effects."""
+def _refuse(match: Match, reason: str, hint: str = "") -> Refusal:
+    return Refusal(match.pattern, match.anchor, reason, match.covers, hint)
+
+
+def _unreachable(value: Value, shadow: Shadow) -> Value | None:
+    """What keeps an input inside a node from being made again in the graph: that takes casts and copies alone."""
     while value not in shadow.node_of:
         if value.op not in CASTS | IDENTITIES:
-            return f"input: expected the result of a graph node, got a value inside {value.node.name}"
+            return value
         value = value.args[0]
     return None
 
@@ -88,15 +100,17 @@ def specialise(match: Match, shadow: Shadow) -> None:
 def rewrite(match: Match, shadow: Shadow) -> Refusal | None:
     """Check, certify and commit one match. The graph is changed only if the answer is `None`."""
     with shadow.without_guards(), dynamo_timed("graphfuse.certify"):
-        reason = obstacle(match, shadow) or certify(match, shadow)
-    if reason is None:
+        refusal = obstacle(match, shadow)
+        if refusal is None and (reason := certify(match, shadow)) is not None:
+            refusal = _refuse(match, reason)
+    if refusal is None:
         with dynamo_timed("graphfuse.commit"):
             specialise(match, shadow)
-            reason = _commit(match, shadow)
-    return None if reason is None else Refusal(match.pattern, match.anchor, reason, match.covers)
+            refusal = _commit(match, shadow)
+    return refusal
 
 
-def _commit(match: Match, shadow: Shadow) -> str | None:
+def _commit(match: Match, shadow: Shadow) -> Refusal | None:
     graph = shadow.graph_module.graph
     old = [shadow.node_of[value] for value in match.outputs]
     region = shadow.cone(match.outputs, match.inputs)
@@ -105,7 +119,8 @@ def _commit(match: Match, shadow: Shadow) -> str | None:
         inputs = [_node_for(value, shadow) for value in match.inputs]
         late = [n for n in inputs if not n < min(old)]
         if late:
-            return f"{late[0].name}: expected to be known before the first output, got a later node"
+            reason = f"{late[0].name}: expected to be known before the first output, got a later node"
+            return _refuse(match, reason, IN_ORDER)
         before = min(old).prev
         tracer = fx.proxy.GraphAppendingTracer(graph)
         proxies = [fx.Proxy(node, tracer) for node in inputs]

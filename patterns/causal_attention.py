@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse.evaluate import CannotEvaluate, evaluate
-from graphfuse.kernels.causal_attention import is_lower_triangle
+from graphfuse.kernels.causal_attention import is_lower_triangle, paths
 from graphfuse.match import INDEXING, Match, Pattern, Refusal, Sampler, argument, number, short
 from graphfuse.shadow import LEAF, Shadow, Value
 
@@ -44,7 +44,7 @@ MOST_GUESSES = 16  # combinations of what the inputs of a mask may be
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every attention of the shadow that has a mask."""
-    seen: dict[Value, _Mask | str] = {}
+    seen: dict[Value, _Mask | _Unfit] = {}
     for value in shadow.values:
         if value.op is not aten.scaled_dot_product_attention.default or len(value.args) < 3:
             continue
@@ -54,7 +54,10 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         if mask not in seen:
             seen[mask] = _look(mask, shadow)
         found = _unfit(value, mask) or seen[mask]
-        yield Refusal(NAME, value, found, COVERS) if isinstance(found, str) else _match(value, mask, found)
+        if isinstance(found, _Unfit):
+            yield Refusal(NAME, value, found.reason, COVERS, found.hint)
+        else:
+            yield _match(value, mask, found)
 
 
 @dataclass(frozen=True)
@@ -64,36 +67,47 @@ class _Mask:
     depends_on: tuple[str, ...]
 
 
-def _unfit(value: Value, mask: Value) -> str | None:
+@dataclass(frozen=True)
+class _Unfit:
+    """Why a mask is not the lower triangle, and what would help."""
+
+    reason: str
+    hint: str = ""
+
+
+def _unfit(value: Value, mask: Value) -> _Unfit | None:
     """Why this attention cannot use a causal mask, or `None`."""
     dropout = number(argument(value, 4, "dropout_p", 0.0))
     if dropout != 0.0:
-        return f"dropout_p: expected 0, got {dropout}"
+        return _Unfit(f"dropout_p: expected 0, got {dropout}", "train without dropout in attention")
     if argument(value, 5, "is_causal", False):
-        return "is_causal: expected False beside a mask, got True"
+        return _Unfit("is_causal: expected False beside a mask, got True", "give a mask or is_causal=True, not both")
     queries, keys = value.args[0].shape[-2], value.args[1].shape[-2]
     if mask.shape[-2:] != (queries, keys):
-        return f"mask: expected a row for each of {queries} queries, got shape {mask.shape}"
+        return _Unfit(f"mask: expected a row for each of {queries} queries, got shape {mask.shape}")
     return None
 
 
-def _look(mask: Value, shadow: Shadow) -> _Mask | str:
+def _look(mask: Value, shadow: Shadow) -> _Mask | _Unfit:
     """What is known of the mask, or why it is not the lower triangle."""
     if mask.tensor.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
-        return f"mask: expected as many queries as keys, got shape {mask.shape}"
+        reason = f"mask: expected as many queries as keys, got shape {mask.shape}"
+        return _Unfit(reason, "in training, keep no keys and values of earlier calls: use_cache=False")
     if mask.tensor.requires_grad:
-        return "mask: expected one that needs no gradient, got one that requires it"
+        return _Unfit("mask: expected one that needs no gradient, got one that requires it", "detach() the mask")
     region = shadow.cone([mask], [])
     leaves = [value for value in region if value.op is LEAF]
     is_static = all(isinstance(size, int) for value in region for size in value.tensor.shape)
     if math.prod(mask.shape) > LARGEST:
-        return f"mask: expected at most {LARGEST} elements, got {math.prod(mask.shape)}"
+        reason = f"mask: expected at most {LARGEST} elements, got {math.prod(mask.shape)}"
+        return _Unfit(reason, "make the mask once for all sequences and heads, or give is_causal=True instead")
     device = mask.tensor.device if mask.tensor.device.type == "cuda" else torch.device("cpu")
     names = tuple(leaf.node.name for leaf in leaves)
     guesses = [list(_harmless(leaf, device)) for leaf in leaves]
     if math.prod(len(guess) for guess in guesses) > MOST_GUESSES or not all(guesses):
         first = next((name for name, guess in zip(names, guesses, strict=True) if not guess), ", ".join(names))
-        return f"mask: expected to depend on sizes, padding and positions only, got one that depends on {first}"
+        reason = f"mask: expected to depend on sizes, padding and positions only, got one that depends on {first}"
+        return _Unfit(reason, "make the mask from arange, positions and attention_mask, or give is_causal=True instead")
     try:
         with _disable_current_modes(), torch.no_grad():
             for guess in itertools.product(*guesses):
@@ -102,9 +116,10 @@ def _look(mask: Value, shadow: Shadow) -> _Mask | str:
                 if is_lower_triangle(content):
                     return _Mask(names or (() if is_static else ("sizes",)))
     except CannotEvaluate as error:
-        return f"mask: {error}"
+        return _Unfit(f"mask: {error}")
     other = "one even where nothing is padded" if leaves else "constant"
-    return f"mask: expected the lower triangle, got another {other}"
+    reason = f"mask: expected the lower triangle, got another {other}"
+    return _Unfit(reason, "a sliding window as long as the sequence is causal; what else differs from that is not")
 
 
 def _harmless(leaf: Value, device: torch.device) -> Iterator[Tensor]:
@@ -227,4 +242,4 @@ def looked_at(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale:
     return out
 
 
-PATTERN = Pattern(NAME, find, "told that it is causal, attention skips the upper half and reads no mask")
+PATTERN = Pattern(NAME, find, "told that it is causal, attention skips the upper half and reads no mask", paths)

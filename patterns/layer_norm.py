@@ -113,9 +113,8 @@ def _native(value: Value) -> Norm | Refusal:
     x, shape, weight, bias, eps = value.args
     width = x.shape[-1]
     if len(shape) != 1:
-        return Refusal(
-            "layer_norm", value, f"normalized_shape: expected one dimension, got {[hint(n) for n in shape]}", COVERS
-        )
+        reason = f"normalized_shape: expected one dimension, got {[hint(n) for n in shape]}"
+        return Refusal("layer_norm", value, reason, COVERS, "normalise over the last dimension alone")
     norm = Norm(value, value, unrounded(x), float(eps), torch.float32 if x.dtype.itemsize < 4 else x.dtype)
     if weight is not None:
         weight, offset = weight_of(weight, width) or (weight, 0.0)

@@ -46,6 +46,8 @@ aten = torch.ops.aten
 NAME = "linear_cross_entropy"
 COVERS = {NAME: 1}
 ALONE = "compute what else needs the logits outside the compiled model, or from the hidden states"
+ONE_PRODUCT = "make the logits by one matrix product, and then do no more than cast, scale, soft-cap and slice them"
+ONE_GRAPH = "compute logits and loss in one graph: TORCH_LOGS=graph_breaks says what separates them"
 
 
 class _Obstacle(Exception):
@@ -69,7 +71,7 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         if value.op in NLL and not value.output and not any(value in trail for trail in trails):
             reason = _what_lies_between(value, trails)
             if reason is not None:
-                yield Refusal(NAME, value, reason, COVERS)
+                yield Refusal(NAME, value, reason, COVERS, ONE_GRAPH if "same graph" in reason else ONE_PRODUCT)
 
 
 def _match(trail: Trail, shadow: Shadow) -> Match:

@@ -186,7 +186,7 @@ def _fused(value: Value) -> Iterator[Match | Refusal]:
     x, shape, weight, eps = (*value.args, None, None)[:4]
     if len(shape) != 1:
         yield Refusal(
-            "rms_norm", value, f"normalized_shape: expected one dimension, got {list(shape)}", {"rms_norm": 1}
+            "rms_norm", value, f"normalized_shape: expected one dimension, got {list(shape)}", {"rms_norm": 1}, HINT
         )
         return
     params = {

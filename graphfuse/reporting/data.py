@@ -85,6 +85,8 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What concerns a whole graph, such as the error that sent it on as it was."""
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Where a kernel decides on every call, such as by looking at a mask: pattern -> way -> calls of this process."""
 
     @property
     def current(self) -> list[Site]:
@@ -137,6 +139,7 @@ class Report:
             },
             "sites": [asdict(site) for site in self.sites],
             "notes": list(self.notes),
+            "calls": self.calls,
         }
 
     @classmethod
@@ -151,7 +154,7 @@ class Report:
             raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {version!r}")
         known = {f.name for f in fields(Site)}
         sites = [Site(**{name: value for name, value in site.items() if name in known}) for site in data["sites"]]
-        return cls(sites, list(data["notes"]))
+        return cls(sites, list(data["notes"]), dict(data.get("calls", {})))
 
     def to_json(self, path: str | Path) -> None:
         """Write `to_dict()` to a file."""
@@ -214,6 +217,11 @@ class Report:
             + (f"; covered: {counts}" if counts else "")
             + (f"; kept less than in eager torch: {saved}" if saved else "")
         )
+
+    def ways(self) -> list[str]:
+        """One line for each pattern whose kernel decides on every call."""
+        told = {name: ", ".join(f"{way} {count}" for way, count in ways.items()) for name, ways in self.calls.items()}
+        return [f"calls of {name} in this process: {ways}" for name, ways in told.items()]
 
 
 def human(size: int) -> str:

@@ -19,6 +19,7 @@ def _lines(report: Report) -> Iterator[str]:
     yield "# graphfuse report"
     yield ""
     yield _plain(report.totals().removeprefix("graphfuse: ")) + "."
+    yield from (f"\n{_plain(line)}." for line in report.ways())
     for note in report.notes:
         yield f"\n> {_plain(note)}"
     found = kinds(report.current)

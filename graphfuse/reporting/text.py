@@ -38,6 +38,7 @@ def lines(report: Report, width: int, *, details: bool = False) -> Iterator[Rend
     elif found:
         yield _table(found, width)
     yield Text(report.totals(), style="bold")
+    yield from map(Text, report.ways())
     for kind in found if not details else []:
         if kind.site.hint:
             yield Text(f"to match, {kind.site.pattern} at {short(kind.site.source)}: {kind.site.hint}")

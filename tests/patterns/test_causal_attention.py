@@ -128,6 +128,20 @@ def test_looks_at_masks_that_depend_on_an_input(spelling, harmless, others, dyna
         assert set(paths - before) == {path}
 
 
+def test_reports_which_way_calls_went():
+    """What a proof has run is not among them."""
+    paths.clear()
+    compiled = graphfuse.optimize(padded, inner="eager", strict=True)
+    compiled(*inputs(), LEFT)
+    assert graphfuse.report(compiled).calls == {"causal_attention": {"masked": 1}}
+    compiled(*inputs(), torch.ones_like(LEFT))
+    report = graphfuse.report(compiled)
+    assert report.calls == {"causal_attention": {"masked": 1, "causal": 1}}
+    assert graphfuse.Report.from_dict(report.to_dict()).calls == report.calls
+    for shown in (report.to_text(), report.to_html(), report.to_markdown().replace("\\", "")):
+        assert "calls of causal_attention in this process: masked 1, causal 1" in shown
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_looks_once_for_all_layers(inner, agrees):
     def layers(q, k, v, padding):

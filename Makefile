@@ -1,6 +1,7 @@
 # make demo    trains two real architectures, plain and with graphfuse (build/demo.png)
 # make test    everything that needs no GPU
 # make zoo     every causal language model type of transformers, eager against graphfuse (docs/coverage.md)
+# make docs    docs/patterns.md, from the catalogue
 # make lint    ruff and mypy
 #
 # On a machine whose python already has a CUDA torch >= 2.11, use that one instead of installing another:
@@ -17,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test zoo lint venv clean
+.PHONY: demo test zoo docs lint venv clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +28,9 @@ test: $(VENV)/.dev
 
 zoo: $(VENV)/.dev
 	$(BIN)/python -m tests.zoo
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m tests.docs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

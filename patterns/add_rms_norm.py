@@ -140,4 +140,4 @@ def norm_then_add(
     return result
 
 
-PATTERN = Pattern("add_rms_norm", find)
+PATTERN = Pattern("add_rms_norm", find, "the sum and the norm in one pass over memory each way")

@@ -9,7 +9,7 @@ take grouped keys and values as they are.
 - Where nothing but sizes goes in, the mask is a constant, and computed here to see whether it is the lower triangle.
 - Where it depends on inputs, it is computed here as if nothing were padded and there were one document. If it is the
   lower triangle then, the graph looks at the mask that it has, once for all layers, and every layer goes one way or
-  the other: `graphfuse.ops.causal_attention`.
+  the other: `graphfuse::causal_attention`.
 
 Left alone: masks that are something else even so (sliding windows, biases that are learned), and dropout.
 """

@@ -130,4 +130,4 @@ def replacement(
     return result
 
 
-PATTERN = Pattern("norm_rope", find)
+PATTERN = Pattern("norm_rope", find, "the norm and the rotation in one pass over memory each way")

@@ -57,11 +57,11 @@ def test_code_runs(page, monkeypatch, tmp_path):
         return
     pytest.importorskip("transformers")
     compile_inner = graphfuse.backend.compile_inner
-    monkeypatch.setattr(
-        graphfuse.backend,
-        "compile_inner",
-        lambda graph, inputs, c: compile_inner(graph, inputs, replace(c, inner="eager")),
-    )
+
+    def quickly(graph_module, inputs, config):
+        return compile_inner(graph_module, inputs, replace(config, inner="eager"))
+
+    monkeypatch.setattr(graphfuse.backend, "compile_inner", quickly)
     monkeypatch.chdir(tmp_path)
     from tests.tiny import build
 
@@ -78,9 +78,7 @@ def test_commands_exist(page):
     for target in re.findall(r"(?:^|`)make ((?:\w+ ?)+?)(?=`|  |$)", text, re.MULTILINE):
         assert set(target.split()) <= targets, target
     for words in re.findall(r"(?:^|`)graphfuse ((?:inspect|bench)\b[^`#\n]*)", text, re.MULTILINE):
-        command = [word for word in words.split() if re.fullmatch("[a-z]+", word)][
-            : 2 if words.startswith("bench") else 1
-        ]
+        command = words.split()[: 2 if words.startswith("bench") else 1]
         shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
         assert shown.exit_code == 0, words
         assert [option for option in re.findall(r"--[\w-]+", words) if option not in shown.output] == [], words

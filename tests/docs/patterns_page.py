@@ -21,13 +21,13 @@ HEAD = """\
 # Patterns
 
 Written by `make docs` from the [catalogue](../patterns/__init__.py), in the order in which patterns are tried. Do not
-edit. The code in the tables was run through graphfuse in bfloat16, and formula, variant and rounding are what the report said of it ([tests/docs/spellings.toml](../tests/docs/spellings.toml)). They are samples: a
-pattern recognises what is computed, however it is spelled. Whatever is recognised is still
-[proved](how_it_works.md#certify) before it is rewritten.
+edit. The code in the tables ([spellings.toml](../tests/docs/spellings.toml)) was run through graphfuse in bfloat16, and
+formula, variant and rounding are what the report said of it. They are samples: a pattern recognises what is computed,
+however it is spelled. What is recognised is still [proved](how_it_works.md#certify) before it is rewritten.
 
-`a + b` of two tensors is `rms_norm`'s business only after `add_rms_norm` has had its turn: a site belongs to the first
-pattern that takes it. `graphfuse.optimize(model, patterns=["rope", "glu"])` looks for these alone. Every reason for a
-refusal is explained in [troubleshooting.md](troubleshooting.md#refusals).
+A site belongs to the first pattern that takes it: a norm after a sum to `add_rms_norm`, any other to `rms_norm`.
+`graphfuse.optimize(model, patterns=["rope", "glu"])` looks for these alone. Every reason for a refusal is explained in
+[troubleshooting.md](troubleshooting.md#refusals).
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ def inspect_model(
     factory: Annotated[str | None, typer.Argument(help="package.module:function that returns the model.")] = None,
     model_type: Annotated[str | None, typer.Option(help="A model type of transformers, such as qwen3.")] = None,
     config: Annotated[Path | None, typer.Option(help="A Hugging Face config.json, or its folder.")] = None,
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 2048,
+    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence; 2048 or all it has.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights.")] = Dtype.bfloat16,
     html: Annotated[Path | None, typer.Option(help="Also write the report as a page.")] = None,
@@ -65,6 +66,7 @@ def inspect_model(
     import os
 
     os.environ.setdefault("GRAPHFUSE_LOG", "off")  # the report is the output
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # and an error is one line
 
     # Importing torch's compiler takes seconds, which --help does not need.
     from graphfuse import inspect

@@ -131,6 +131,8 @@ def _line(node: fx.Node) -> str:
 def _name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target._opname}"
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name.replace("::", ".")
     name = str(getattr(target, "__name__", target))
     for space, prefix in ((torch, "torch"), (torch.nn.functional, "F")):
         if getattr(space, name, None) is target:

@@ -30,6 +30,8 @@ HEADS = (  # in this order: the first that knows a type builds it
     "MODEL_MAPPING",
 )
 
+SEQUENCE = 2048  # tokens, if nobody says how many
+
 Batch = dict[str, Any]
 
 
@@ -37,7 +39,7 @@ class InspectError(GraphfuseError):
     """What was asked for does not exist, or cannot be built; the message is one line for the terminal."""
 
 
-def of_type(model_type: str, batch: int, sequence: int, dtype: str) -> Report:
+def of_type(model_type: str, batch: int, sequence: int | None, dtype: str) -> Report:
     """The report of a transformers model type, as large as its configuration is by default.
 
     Raises:
@@ -46,7 +48,7 @@ def of_type(model_type: str, batch: int, sequence: int, dtype: str) -> Report:
     return _of_config(_config(model_type, {}, "--model-type"), batch, sequence, dtype)
 
 
-def of_config(path: Path, batch: int, sequence: int, dtype: str) -> Report:
+def of_config(path: Path, batch: int, sequence: int | None, dtype: str) -> Report:
     """The report of the model that a Hugging Face config.json, or the folder that it lies in, describes.
 
     Raises:
@@ -65,7 +67,7 @@ def of_config(path: Path, batch: int, sequence: int, dtype: str) -> Report:
     return _of_config(config, batch, sequence, dtype)
 
 
-def of_factory(name: str, batch: int, sequence: int, dtype: str) -> Report:
+def of_factory(name: str, batch: int, sequence: int | None, dtype: str) -> Report:
     """The report of what a function without arguments returns: a module, or a module and its keyword arguments.
 
     Without arguments the model gets token ids, as `input_ids` (and `labels`) or in the first place.
@@ -92,7 +94,7 @@ def of_factory(name: str, batch: int, sequence: int, dtype: str) -> Report:
         raise InspectError(f"factory: expected {name} to return an nn.Module, got {type(model).__name__}")
     model = model.to(device="meta", dtype=DTYPES[dtype])
     if inputs is None:
-        inputs = _tokens(model.forward, batch, sequence)
+        inputs = _tokens(model.forward, batch, sequence or SEQUENCE)
     return _inspect(model, inputs)
 
 
@@ -135,7 +137,7 @@ def _class_for(config: Any) -> type[nn.Module]:
     raise InspectError(f"--model-type: expected one with a model in transformers, got {config.model_type!r}")
 
 
-def _of_config(config: Any, batch: int, sequence: int, dtype: str) -> Report:
+def _of_config(config: Any, batch: int, sequence: int | None, dtype: str) -> Report:
     for part in (config, config.get_text_config()):
         part.use_cache = False  # a training step keeps no keys and values
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
@@ -151,7 +153,15 @@ def _of_config(config: Any, batch: int, sequence: int, dtype: str) -> Report:
             f"{model_class.__name__}: expected a model of tokens (input_ids), got one of {model.main_input_name};"
             " give a package.module:factory that returns the model and its keyword arguments"
         )
-    return _inspect(model, _tokens(model.forward, batch, sequence))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or SEQUENCE
+    if sequence is None:  # some count positions from behind the padding's number on: not quite as many as there are
+        sequence = min(SEQUENCE, positions - positions % 64 or positions)
+    try:
+        return _inspect(model, _tokens(model.forward, batch, sequence))
+    except InspectError as error:
+        if sequence > positions:  # which rotations can bear, and tables of positions cannot
+            raise InspectError(f"--seq: expected at most {positions} tokens for this model, got {sequence}") from error
+        raise
 
 
 def _tokens(forward: Callable[..., Any], batch: int, sequence: int) -> Batch:

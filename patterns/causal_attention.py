@@ -53,10 +53,11 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
             continue
         if mask not in seen:
             seen[mask] = _look(mask, shadow)
-        found = _unfit(value, mask) or seen[mask]
-        if isinstance(found, _Unfit):
-            yield Refusal(NAME, value, found.reason, COVERS, found.hint)
-        else:
+        found = seen[mask]
+        unfit = found if isinstance(found, _Unfit) else _unfit(value, mask)
+        if unfit is not None:
+            yield Refusal(NAME, value, unfit.reason, COVERS, unfit.hint)
+        elif isinstance(found, _Mask):
             yield _match(value, mask, found)
 
 
@@ -92,7 +93,7 @@ def _look(mask: Value, shadow: Shadow) -> _Mask | _Unfit:
     """What is known of the mask, or why it is not the lower triangle."""
     if mask.tensor.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         reason = f"mask: expected as many queries as keys, got shape {mask.shape}"
-        return _Unfit(reason, "in training, keep no keys and values of earlier calls: use_cache=False")
+        return _Unfit(reason, "if keys of earlier calls are among them: use_cache=False, in training")
     if mask.tensor.requires_grad:
         return _Unfit("mask: expected one that needs no gradient, got one that requires it", "detach() the mask")
     region = shadow.cone([mask], [])

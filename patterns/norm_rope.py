@@ -60,7 +60,7 @@ def _joined(rotation: Match, norms: dict[Value, Match], shadow: Shadow) -> Match
         variant=f"{norm.variant.rpartition(', ')[0]}{' across heads' if is_split else ''}, {rotation.variant}",
         covers={"rms_norm": 1, "rope": 1},
         formula=f"{rotation.formula.removesuffix(' of x')} of {norm.formula}",
-        rounding=f"{norm.rounding}; {rotation.rounding}",
+        rounding="; ".join(dict.fromkeys((norm.rounding, rotation.rounding))),
     )
 
 

@@ -124,6 +124,7 @@ def test_inspects_what_a_factory_makes(package, factory):
         (["my_models"], None, "factory: expected package.module:function, got 'my_models'"),
         (["my_models:number"], None, "factory: expected my_models:number to return an nn.Module, got int"),
         (["--model-type", "vit"], None, "expected a model of tokens (input_ids), got one of pixel_values"),
+        (["--model-type", "bert", "--seq", 600], None, "--seq: expected at most 512 tokens for this model, got 600"),
         ([], None, "expected one of FACTORY, --model-type and --config, got 0"),
     ],
     ids=str,

@@ -24,7 +24,7 @@ class Norm(nn.Module):
 SETUP
 graphfuse.optimize(Norm(), inner="eager")(torch.randn(3, 8))
 """
-ONE_GRAPH = "1 sites rewritten, 0 refused in 1 graph; covered: rms_norm 1"
+ONE_GRAPH = "1 site rewritten, 0 refused in 1 graph; covered: rms_norm 1"
 
 
 def stderr(setup="", **environment):

@@ -212,7 +212,8 @@ class Report:
         counts = ", ".join(f"{name} {count}" for name, count in self.counts.items())
         saved = " and ".join(f"{human(size)} of {kind}" for kind, size in self.saved_bytes.items() if size > 0)
         return (
-            f"graphfuse: {len(self.rewritten)} sites rewritten, {len(self.refused)} refused"
+            f"graphfuse: {len(self.rewritten)} site{'s' if len(self.rewritten) != 1 else ''} rewritten,"
+            f" {len(self.refused)} refused"
             f" in {self.graphs} graph{'s' if self.graphs != 1 else ''}"
             + (f"; covered: {counts}" if counts else "")
             + (f"; kept less than in eager torch: {saved}" if saved else "")

@@ -39,9 +39,9 @@ def lines(report: Report, width: int, *, details: bool = False) -> Iterator[Rend
         yield _table(found, width)
     yield Text(report.totals(), style="bold")
     yield from map(Text, report.ways())
-    for kind in found if not details else []:
-        if kind.site.hint:
-            yield Text(f"to match, {kind.site.pattern} at {short(kind.site.source)}: {kind.site.hint}")
+    sites = [kind.site for kind in found if kind.site.hint and not details]
+    told = (f"to match, {site.pattern} at {short(site.source)}: {site.hint}" for site in sites)
+    yield from map(Text, dict.fromkeys(told))
     for note in report.notes:
         yield Text(f"note: {note}", style="yellow")
 

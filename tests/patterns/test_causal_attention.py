@@ -120,6 +120,7 @@ def test_looks_at_masks_that_depend_on_an_input(spelling, harmless, others, dyna
     report = verify(spelling, (*inputs(), harmless), dynamic=dynamic)
     assert report.counts == {"causal_attention": 1}, report
     assert "looked at on every call, grouped" in report.rewritten[0].variant
+    assert report.rewritten[0].kernel == "graphfuse::is_lower_triangle, graphfuse::causal_attention"
     assert (paths - before)["causal"]
     compiled = graphfuse.optimize(spelling, inner="eager", dynamic=dynamic, fullgraph=True, strict=True)
     for mask, path in [(harmless, "causal"), *((other, "masked") for other in others), (harmless, "causal")]:

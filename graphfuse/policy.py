@@ -55,7 +55,6 @@ def left_to_inductor(match: Match, config: Config) -> Refusal | None:
                 f"cost: expected less than Inductor's {row.inductor:g} times the time of its bytes, "
                 f"got {row.graphfuse:g} ({row.measured})"
             )
-            return Refusal(
-                match.pattern, match.anchor, reason, match.covers, 'rewrite it nevertheless: policy="always"'
-            )
+            hint = 'policy="always" rewrites it nevertheless'
+            return Refusal(match.pattern, match.anchor, reason, match.covers, hint)
     return None

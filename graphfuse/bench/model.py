@@ -216,9 +216,9 @@ def generating(model: nn.Module, given: dict[str, Any], steps: int) -> Callable[
     from transformers import StaticCache
 
     tokens, mask = given["input_ids"], given.get("attention_mask")
-    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + steps)  # type: ignore[arg-type]
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + steps)
     # `forward` is not the compiled call: of this, only the step is compiled.
-    model.forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1)  # type: ignore[operator]
+    model.forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
     masks = [None] * steps if mask is None else [functional.pad(mask, (0, n + 1), value=1) for n in range(steps)]
     upcoming = iter(masks)
 
@@ -264,9 +264,8 @@ def _timed(step: Callable[[], Any], device: torch.device, repeats: int) -> tuple
 
 def table(rows: Sequence[Row]) -> Table:
     """Rows of one or several workloads, with their ratios to Inductor's."""
-    result = Table(
-        "workload", "phase", "mask", "variant", "step", "x Inductor", "peak", "first step", "value", "rewritten"
-    )
+    figures = ("step", "x Inductor", "peak", "first step", "value", "rewritten")
+    result = Table("workload", "phase", "mask", "variant", *figures)
     base = {(row.workload, row.phase, row.mask): row.step_ms for row in rows if row.variant == "inductor"}
     for row in rows:
         inductor = base.get((row.workload, row.phase, row.mask))

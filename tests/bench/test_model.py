@@ -51,8 +51,7 @@ def test_measures_side_by_side(tiny, tmp_path):
     assert all(row["step_ms"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-@pytest.mark.parametrize("mask", ["none", "ones"])
+@pytest.mark.parametrize(("phase", "mask"), [("prefill", "none"), ("decode", "ones")])
 def test_measures_inference(tiny, phase, mask, tmp_path):
     path = tmp_path / "rows.json"
     result = run(

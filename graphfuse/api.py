@@ -29,6 +29,7 @@ def optimize(
     patterns: Iterable[str] | None = None,
     lazy_logits: bool = True,
     memory: str = "balanced",
+    policy: str = "measured",
     strict: bool = False,
     verify: bool = False,
     **inner_options: Any,
@@ -45,6 +46,7 @@ def optimize(
         lazy_logits: return logits beside a fused loss as a tensor that is computed when it is read.
         memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
             norms, rotations and gates return), "min" (everything but matrix products and attention).
+        policy: "measured" leaves to Inductor what it was measured to compute faster, "always" rewrites that too.
         strict: raise what goes wrong inside graphfuse instead of warning and compiling the graph as it was.
         verify: on the first batch, compare outputs and gradients with eager, print the figures, and raise if they
             differ by more than eager's own error in a wider dtype. Takes a copy of the model. Modules only.
@@ -67,6 +69,7 @@ def optimize(
         "patterns": patterns,
         "lazy_logits": lazy_logits,
         "memory": memory,
+        "policy": policy,
         "strict": strict,
         "mode": mode,
         **inner_options,

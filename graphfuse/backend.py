@@ -27,6 +27,7 @@ from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
+from graphfuse.policy import left_to_inductor
 from graphfuse.record import GraphRecord, keep
 from graphfuse.replay import record as record_shadow
 from graphfuse.rewrite import rewrite, share
@@ -170,7 +171,7 @@ def _rewrite_shadow(
                 with _uncounted(pattern):
                     with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
                         evidence = gather(found, shadow, pattern.why)
-                    refusal = _uncapturable(found, config) or rewrite(found, shadow)
+                    refusal = _uncapturable(found, config) or left_to_inductor(found, config) or rewrite(found, shadow)
                 graph_record.add(refusal or found, evidence)
                 if refusal is None:
                     taken.update(region)

@@ -11,6 +11,7 @@ import torch
 from graphfuse.errors import ConfigError
 
 MEMORY = ("speed", "balanced", "min")
+POLICY = ("measured", "always")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Config:
         memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
             graphfuse's norms, rotations and gates return), "min" (everything but matrix products and attention).
             Inductor only.
+        policy: "measured" leaves sites to Inductor that it was measured to compute faster (`costs.toml`), "always"
+            rewrites them too.
         strict: raise what goes wrong inside graphfuse; otherwise it warns, and compiles the graph as it was.
         mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
         inner_options: options for Inductor itself, by the names of `torch._inductor.config`.
@@ -34,6 +37,7 @@ class Config:
     patterns: tuple[str, ...] | None = None
     lazy_logits: bool = True
     memory: str = "balanced"
+    policy: str = "measured"
     strict: bool = False
     mode: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
@@ -71,14 +75,16 @@ class Config:
         for name in ("strict", "lazy_logits"):
             if not isinstance(kept.get(name, False), bool):
                 raise ConfigError(f"{name}: expected a bool, got {kept[name]!r}")
-        if kept.get("memory", "balanced") not in MEMORY:
-            raise ConfigError(f"memory: expected one of {list(MEMORY)}, got {kept['memory']!r}")
+        for name, choices in (("memory", MEMORY), ("policy", POLICY)):
+            if kept.get(name, choices[0]) not in choices:
+                raise ConfigError(f"{name}: expected one of {list(choices)}, got {kept[name]!r}")
         inner_options = {**kept.get("inner_options", {}), **passed}
         return cls(
             inner=inner,
             patterns=patterns,
             lazy_logits=kept.get("lazy_logits", True),
             memory=kept.get("memory", "balanced"),
+            policy=kept.get("policy", "measured"),
             strict=kept.get("strict", False),
             mode=kept.get("mode"),
             inner_options=inner_options,

@@ -290,7 +290,7 @@ def fail(*args, **kwargs):
 
 STAGES = {
     "shadow": ("graphfuse.backend.record_shadow", fail),
-    "match": ("graphfuse.patterns.rms_norm._start", fail),
+    "match": ("graphfuse.patterns.rms_norm.start", fail),
     "certify": ("graphfuse.rewrite.certify", fail),
     "commit": ("graphfuse.rewrite.erase", fail),
 }

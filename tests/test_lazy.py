@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
 import graphfuse
@@ -356,6 +357,7 @@ def test_frees_the_memory_of_the_logits():
     assert logits.source.formula.hidden.shape == (B, S, H)
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="see graphfuse.breaks")
 def test_messages_said_once_do_not_break_the_graph(tokens):
     import functools
     import logging

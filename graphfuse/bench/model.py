@@ -1,8 +1,9 @@
-"""`graphfuse bench model`: whole training steps, with and without graphfuse, in one process.
+"""`graphfuse bench model`: whole steps, with and without graphfuse, in one process.
 
-A step is forward and backward of a transformers model with random weights, labels given, its output kept whole as a
-training loop would. Kernels that win alone may lose in a step, and memory is only saved if nothing else keeps it: this
-is the measurement that counts.
+A training step is forward and backward of a transformers model with random weights, labels given, its output kept
+whole as a training loop would. Kernels that win alone may lose in a step, and memory is only saved if nothing else
+keeps it: this is the measurement that counts. Reading a prompt and generating one token behind it are steps too: there
+a kernel has little to do, and what it costs to call shows.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import platform
 import statistics
@@ -25,6 +27,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn import functional
 
 import graphfuse
 from graphfuse.config import MEMORY
@@ -32,6 +35,8 @@ from graphfuse.config import MEMORY
 WORKLOADS = Path(__file__).with_name("workloads.toml")
 VARIANTS = ("eager", "inductor", "graphfuse", *(f"graphfuse-{memory}" for memory in MEMORY), "liger")
 MASKS = ("none", "ones", "padded")
+PHASES = ("train", "prefill", "decode")
+WARM_UP = 3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -49,6 +54,8 @@ class Workload:
             of every second sequence.
         dtype: of weights and activations.
         checkpointing: recompute layers in backward (transformers' gradient checkpointing).
+        phase: "train", forward and backward; "prefill", forward of a prompt without gradients; "decode", forward of one
+            more token of each sequence, the others in a static cache.
     """
 
     name: str
@@ -59,19 +66,24 @@ class Workload:
     mask: str = "none"
     dtype: str = "bfloat16"
     checkpointing: bool = False
+    phase: str = "train"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant costs: median milliseconds of a step, GiB at the peak, seconds until the first step was done."""
+    """What one variant costs: median milliseconds of a step, GiB at the peak, seconds until the first step was done.
+
+    `value` is the loss, or where there is none the mean of the logits: the same for all variants.
+    """
 
     workload: str
     variant: str
+    phase: str
     mask: str
     step_ms: float
     peak_gib: float
     first_step_s: float
-    loss: float
+    value: float
     rewritten: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
 
@@ -98,7 +110,7 @@ def build(workload: Workload, device: torch.device) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])  # type: ignore[no-untyped-call]
     if workload.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    return model.train()
+    return model.train(workload.phase == "train")
 
 
 def inputs(workload: Workload, vocab: int, device: torch.device) -> dict[str, Any]:
@@ -136,7 +148,7 @@ def measure(workload: Workload, variant: str, device: torch.device, repeats: int
         workload: what to run.
         variant: one of `VARIANTS`.
         device: where.
-        repeats: timed steps, after three that are not.
+        repeats: timed steps, after some that are not.
 
     Raises:
         Whatever the variant raises.
@@ -147,7 +159,34 @@ def measure(workload: Workload, variant: str, device: torch.device, repeats: int
         torch.cuda.empty_cache()
     model = build(workload, device)
     given = inputs(workload, model.config.get_text_config().vocab_size, device)  # type: ignore[union-attr, operator]
+    steps = 1 + WARM_UP + repeats
+    step = {"train": training, "prefill": reading, "decode": generating}[workload.phase](model, given, steps)
     compiled(model, variant)
+
+    with _fresh_caches():
+        start = time.perf_counter()
+        value = step().item()
+        first = time.perf_counter() - start
+        for _ in range(WARM_UP):
+            step()
+        times, peak = _timed(step, device, repeats)
+    report = graphfuse.report(model) if variant.startswith("graphfuse") else None
+    return Row(
+        workload.name,
+        variant,
+        workload.phase,
+        workload.mask,
+        statistics.median(times),
+        peak,
+        first,
+        value,
+        dict(report.counts) if report else {},
+        sorted({f"{site.pattern}: {site.reason}" for site in report.refused}) if report else [],
+    )
+
+
+def training(model: nn.Module, given: dict[str, Any], _: int) -> Callable[[], Tensor]:
+    """A step of training; returns the loss."""
 
     def step() -> Tensor:
         output = model(**given)
@@ -156,25 +195,40 @@ def measure(workload: Workload, variant: str, device: torch.device, repeats: int
         loss: Tensor = output.loss.detach()
         return loss
 
-    with _fresh_caches():
-        start = time.perf_counter()
-        loss = step().item()
-        first = time.perf_counter() - start
-        for _ in range(3):
-            step()
-        times, peak = _timed(step, device, repeats)
-    report = graphfuse.report(model) if variant.startswith("graphfuse") else None
-    return Row(
-        workload.name,
-        variant,
-        workload.mask,
-        statistics.median(times),
-        peak,
-        first,
-        loss,
-        dict(report.counts) if report else {},
-        sorted({f"{site.pattern}: {site.reason}" for site in report.refused}) if report else [],
-    )
+    return step
+
+
+def reading(model: nn.Module, given: dict[str, Any], _: int) -> Callable[[], Tensor]:
+    """Reading a prompt; returns the mean logit of what would come next."""
+    prompt = {name: value for name, value in given.items() if name != "labels"}
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        logits: Tensor = model(**prompt, logits_to_keep=1).logits
+        return logits.float().mean()
+
+    return step
+
+
+@torch.no_grad()
+def generating(model: nn.Module, given: dict[str, Any], steps: int) -> Callable[[], Tensor]:
+    """Generating one token behind a prompt, then the next; returns its mean logit."""
+    from transformers import StaticCache
+
+    tokens, mask = given["input_ids"], given.get("attention_mask")
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + steps)  # type: ignore[arg-type]
+    # `forward` is not the compiled call: of this, only the step is compiled.
+    model.forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    masks = [None] * steps if mask is None else [functional.pad(mask, (0, n + 1), value=1) for n in range(steps)]
+    upcoming = iter(masks)
+
+    @torch.no_grad()
+    def step() -> Tensor:
+        output = model(input_ids=tokens[:, -1:], attention_mask=next(upcoming), past_key_values=cache)
+        logits: Tensor = output.logits
+        return logits.float().mean()
+
+    return step
 
 
 @contextlib.contextmanager
@@ -210,19 +264,21 @@ def _timed(step: Callable[[], Any], device: torch.device, repeats: int) -> tuple
 
 def table(rows: Sequence[Row]) -> Table:
     """Rows of one or several workloads, with their ratios to Inductor's."""
-    result = Table("workload", "mask", "variant", "step", "x Inductor", "peak", "first step", "loss", "rewritten")
-    base = {(row.workload, row.mask): row.step_ms for row in rows if row.variant == "inductor"}
+    figures = ("step", "x Inductor", "peak", "first step", "value", "rewritten")
+    result = Table("workload", "phase", "mask", "variant", *figures)
+    base = {(row.workload, row.phase, row.mask): row.step_ms for row in rows if row.variant == "inductor"}
     for row in rows:
-        inductor = base.get((row.workload, row.mask))
+        inductor = base.get((row.workload, row.phase, row.mask))
         result.add_row(
             row.workload,
+            row.phase,
             row.mask,
             row.variant,
-            f"{row.step_ms:.1f} ms",
+            f"{row.step_ms:.1f} ms" if row.step_ms >= 100 else f"{row.step_ms:.2f} ms",
             f"{row.step_ms / inductor:.3f}" if inductor else "",
             f"{row.peak_gib:.2f} GiB" if row.peak_gib else "",
             f"{row.first_step_s:.0f} s",
-            f"{row.loss:.5f}",
+            f"{row.value:.5f}",
             ", ".join(f"{count} {name}" for name, count in row.rewritten.items()),
         )
     return result
@@ -232,6 +288,7 @@ def main(
     names: Annotated[list[str] | None, typer.Argument(help="Workloads; see --list. All by default.")] = None,
     variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = "",
     masks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(MASKS)}.")] = "none",
+    phases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PHASES)}.")] = "train",
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.")] = None,
     seq: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
@@ -242,7 +299,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there.")] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the workloads and stop.")] = False,
 ) -> None:
-    """Time whole training steps: eager, Inductor, graphfuse, and Liger where it is installed."""
+    """Time whole steps of training, or of inference: eager, Inductor, graphfuse, and Liger where it is installed."""
     console, errors = Console(), Console(stderr=True)
     known = workloads()
     if list_names:
@@ -255,6 +312,7 @@ def main(
         ("names", names or [], list(known)),
         ("variants", chosen, list(VARIANTS)),
         ("masks", masks.split(","), list(MASKS)),
+        ("phases", phases.split(","), list(PHASES)),
         ("dtype", [dtype] if dtype else [], list(DTYPES)),
     ):
         if wrong := [item for item in got if item not in expected]:
@@ -263,7 +321,7 @@ def main(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows: list[Row] = []
     for name in names or known:
-        for mask in masks.split(","):
+        for phase, mask in itertools.product(phases.split(","), masks.split(",")):
             own = known[name]
             depth = {} if layers is None else {"num_hidden_layers": layers}
             workload = replace(
@@ -274,6 +332,7 @@ def main(
                 mask=mask,
                 dtype=dtype or own.dtype,
                 checkpointing=checkpointing,
+                phase=phase,
             )
             for variant in chosen:
                 try:

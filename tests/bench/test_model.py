@@ -45,10 +45,25 @@ def test_measures_side_by_side(tiny, tmp_path):
         (variant, mask) for mask in ("none", "padded") for variant in ("eager", "graphfuse")
     ]
     assert rows[1]["rewritten"]["rms_norm"] == 5
-    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)
-    assert rows[3]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-5)
+    assert rows[1]["value"] == pytest.approx(rows[0]["value"], rel=1e-5)
+    assert rows[3]["value"] == pytest.approx(rows[2]["value"], rel=1e-5)
     assert rows[3]["rewritten"]["causal_attention"] == 2
     assert all(row["step_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(("phase", "mask"), [("prefill", "none"), ("decode", "ones")])
+def test_measures_inference(tiny, phase, mask, tmp_path):
+    path = tmp_path / "rows.json"
+    result = run(
+        *("tiny", "--variants", "eager,graphfuse", "--phases", phase, "--masks", mask),
+        *("--repeats", "2", "--json", str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    eager, ours = json.loads(path.read_text())["rows"]
+    assert (ours["phase"], ours["mask"]) == (phase, mask)
+    assert ours["rewritten"]["rms_norm"] == 5
+    assert "linear_cross_entropy" not in ours["rewritten"]
+    assert ours["value"] == pytest.approx(eager["value"], rel=1e-4)
 
 
 def test_starts_every_variant_from_the_same_weights(tiny):
@@ -75,6 +90,7 @@ def test_goes_on_where_one_variant_cannot_run(tiny):
         (["nothing"], "names: expected names among tiny, got nothing"),
         (["--variants", "nothing"], "variants: expected names among"),
         (["--masks", "nothing"], "masks: expected names among none, ones, padded, got nothing"),
+        (["--phases", "nothing"], "phases: expected names among train, prefill, decode, got nothing"),
         (["--dtype", "nothing"], "dtype: expected names among"),
     ],
 )

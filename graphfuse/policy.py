@@ -1,0 +1,60 @@
+"""Whether a kernel is worth it where it matches: measured, not guessed."""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from graphfuse.config import Config
+from graphfuse.match import Match, Refusal
+
+COSTS = Path(__file__).with_name("costs.toml")
+
+
+@dataclass(frozen=True)
+class Slower:
+    """Where Inductor is faster: a row of `costs.toml`.
+
+    Attributes:
+        pattern: name of the pattern.
+        graphfuse: time of the kernel, as a multiple of the time its bytes take.
+        inductor: that of Inductor's own code.
+        measured: on what.
+        features_over: only rows of more features than this.
+    """
+
+    pattern: str
+    graphfuse: float
+    inductor: float
+    measured: str
+    features_over: int = 0
+
+    def covers(self, match: Match) -> bool:
+        """Whether the site is one of those measured."""
+        return match.pattern == self.pattern and match.anchor.shape[-1] > self.features_over
+
+
+@functools.cache
+def costs() -> tuple[Slower, ...]:
+    """The rows of `costs.toml`."""
+    return tuple(Slower(**row) for row in tomllib.loads(COSTS.read_text(encoding="utf-8"))["slower"])
+
+
+def left_to_inductor(match: Match, config: Config) -> Refusal | None:
+    """The refusal of a site that Inductor's own code computes faster.
+
+    The figures are those of GPUs and of Inductor: elsewhere, and under `policy="always"`, every site is rewritten.
+    """
+    if config.policy == "always" or config.inner != "inductor" or match.anchor.tensor.device.type != "cuda":
+        return None
+    for row in costs():
+        if row.covers(match):
+            reason = (
+                f"cost: expected less than Inductor's {row.inductor:g} times the time of its bytes, "
+                f"got {row.graphfuse:g} ({row.measured})"
+            )
+            hint = 'policy="always" rewrites it nevertheless'
+            return Refusal(match.pattern, match.anchor, reason, match.covers, hint)
+    return None

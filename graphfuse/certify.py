@@ -33,6 +33,7 @@ NO_WORSE = 1.5  # error of the replacement over that of the region; a proof draw
 ARITHMETIC = 2.0 * torch.finfo(torch.float32).eps  # another order of the same float32 operations
 FEW = 64  # elements, below which an error is compared with the rounding of the dtype instead
 ROWS = (1.0, 1e-3, 30.0)  # scales of successive rows of an input
+NOTHING = 1e-12  # size of a row beside that of the largest, below which float64 rounding is all there is
 
 
 @dataclass(frozen=True)
@@ -286,12 +287,19 @@ def _counts(leaf: Value) -> bool:
 
 
 def _error(got: Tensor, truth: Tensor) -> float:
-    """Root mean square error relative to the size of the truth, row by row; where the truth is finite."""
+    """Root mean square error relative to the size of the truth, row by row; where the truth is finite.
+
+    A row that is nothing beside another is zero but for float64's own rounding (what attends to itself alone passes
+    no gradient to its score): its error is relative to the largest row, or it would drown those of all others.
+    """
     got = got.to(device=truth.device, dtype=torch.float64)
     finite = torch.isfinite(truth)
     difference = torch.where(finite, got - truth, 0.0).nan_to_num(nan=torch.inf)  # an overflow is an error too
     rows = truth.shape[-1] if truth.dim() else 1
     size = torch.where(finite, truth, 0.0).reshape(-1, rows).norm(dim=-1)
     error = difference.reshape(-1, rows).norm(dim=-1)
-    relative = error / size.clamp_min(1e-30)
-    return float(relative[size > 0].square().mean().sqrt()) if bool((size > 0).any()) else float(error.amax())
+    largest = float(size.amax())
+    if largest == 0:
+        return float(error.amax())
+    relative = error / torch.where(size > NOTHING * largest, size, largest)
+    return float(relative.square().mean().sqrt())

@@ -182,3 +182,23 @@ def test_shrinks_the_batch():
     proof = module._Trial(match, shadow.cone(match.outputs, match.inputs), [], leaves)
     assert sum(tensor.numel() for tensor in proof._draw(0)) < 1000
     assert certify(match, shadow) is None
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-17])
+def test_rows_of_rounding_do_not_drown_the_others(noise):
+    truth = torch.randn(8, 16, dtype=torch.float64)
+    truth[0] = noise * torch.randn(16, dtype=torch.float64)
+    good, bad = truth + 1e-4 * torch.randn(8, 16), truth + 1e-4 * torch.randn(8, 16)
+    bad[3] *= 1.5
+    assert module._error(good, truth) < 2e-4
+    assert module._error(bad, truth) > 0.1
+    wrong = good.clone()
+    wrong[0] = 1.0  # where nothing is expected
+    assert module._error(wrong, truth) > 0.1
+
+
+def test_small_rows_count_as_much_as_large_ones():
+    truth = torch.randn(8, 16, dtype=torch.float64) * torch.tensor([1.0, 1e-9]).repeat(4).unsqueeze(1).double()
+    wrong = truth.clone()
+    wrong[1] *= 2
+    assert module._error(wrong, truth) > 0.3

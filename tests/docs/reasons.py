@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 # Where reasons are made: by the patterns, and for all of them when a region is replaced, proved or evaluated.
 SOURCES = [
     *sorted((ROOT / "patterns").glob("*.py")),
-    *(ROOT / "graphfuse" / name for name in ("backend.py", "rewrite.py", "certify.py", "evaluate.py")),
+    *(ROOT / "graphfuse" / name for name in ("backend.py", "policy.py", "rewrite.py", "certify.py", "evaluate.py")),
 ]
 
 

@@ -107,7 +107,7 @@ def build(workload: Workload, device: torch.device) -> nn.Module:
         setattr(config, name, None)
     torch.manual_seed(0)
     with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])
     if workload.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model.train(workload.phase == "train")

@@ -26,7 +26,7 @@ from graphfuse.integrations.transformers import GraphfuseCallback
 METHODS = ("sft", "dpo", "kto", "grpo", "gkd")
 
 
-def data(size: Size) -> dict[str, Dataset]:
+def datasets(size: Size) -> dict[str, Dataset]:
     """For each method: the first half of a passage, and how it goes on."""
     halves = passages(size, size.length // 2)
     pairs = [{"prompt": a, "completion": b} for a, b in zip(halves, halves[1:] + halves[:1], strict=True)]
@@ -50,22 +50,24 @@ def vowels(completions: list[str], **_: Any) -> list[float]:
 def train(size: Size, method: str, **options: Any) -> tuple[nn.Module, list[float]]:
     """Train and return the model and its losses."""
     model, other = language_model(size), language_model(size, seed=1 if method == "gkd" else 0)
-    common = {"processing_class": tokenizer(), "train_dataset": data(size)[method]}
-    told = settings(size)
+    data = {"train_dataset": datasets(size)[method], "processing_class": tokenizer()}
+    arguments = settings(size)
+    if method == "grpo":
+        arguments |= {"max_completion_length": size.length // 2, "num_generations": 2, "num_iterations": 2}
+    elif method == "gkd":
+        arguments |= {"max_length": size.length, "lmbda": 0.0}  # learns from the data; nothing is generated
 
-    common["callbacks"] = [GraphfuseCallback(**options)]
+    callbacks = [GraphfuseCallback(**options)]
     if method == "sft":
-        trainer = SFTTrainer(model, SFTConfig(**told), **common)
+        trainer = SFTTrainer(model, SFTConfig(**arguments), callbacks=callbacks, **data)
     elif method == "dpo":
-        trainer = DPOTrainer(model, other, DPOConfig(**told), **common)
+        trainer = DPOTrainer(model, other, DPOConfig(**arguments), callbacks=callbacks, **data)
     elif method == "kto":
-        trainer = KTOTrainer(model, other, KTOConfig(**told), **common)
+        trainer = KTOTrainer(model, other, KTOConfig(**arguments), callbacks=callbacks, **data)
     elif method == "grpo":
-        length = {"max_completion_length": size.length // 2, "num_generations": 2, "num_iterations": 2}
-        trainer = GRPOTrainer(model, vowels, GRPOConfig(**told, **length), **common)
+        trainer = GRPOTrainer(model, vowels, GRPOConfig(**arguments), callbacks=callbacks, **data)
     else:
-        length = {"max_length": size.length, "lmbda": 0.0}  # the data as they are, nothing generated
-        trainer = GKDTrainer(model, other, GKDConfig(**told, **length), **common)
+        trainer = GKDTrainer(model, other, GKDConfig(**arguments), callbacks=callbacks, **data)
     trainer.train()
     return trainer.model, logged(trainer)
 

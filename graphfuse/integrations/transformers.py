@@ -13,7 +13,8 @@ import functools
 import warnings
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graphfuse.api import optimize, report
 from graphfuse.errors import GraphfuseWarning
@@ -93,11 +94,14 @@ class GraphfuseCallback(TrainerCallback):
 
 
 def _keep_one_hook(model: nn.Module) -> None:
-    """Have `enable_input_require_grads` replace its hooks on the embeddings instead of adding to them.
+    """Have `enable_input_require_grads` replace its hooks on the embeddings, and have them say nothing to Dynamo.
 
-    With activation checkpointing, transformers calls it every time checkpointing is switched on, and never takes the
+    With activation checkpointing, transformers calls it every time checkpointing is switched on, and does not take the
     hooks off again. TRL switches checkpointing off and on around every generation and every pass of a reference: one
     more hook each step, one more compilation each step, and after eight of them Dynamo gives up and runs eager.
+
+    Under LoRA, what the hooks do breaks the graph, and puts the loss into another one than `lm_head`. Compiled
+    checkpoints need no input that requires a gradient.
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -107,3 +111,10 @@ def _keep_one_hook(model: nn.Module) -> None:
 def _enable_input_require_grads(module: PreTrainedModel) -> None:
     module.disable_input_require_grads()
     type(module).enable_input_require_grads(module)
+    for handle in module._require_grads_hooks:
+        handle.hooks_dict_ref()[handle.id] = _require_grad
+
+
+def _require_grad(module: nn.Module, arguments: Any, output: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        output.requires_grad_(True)

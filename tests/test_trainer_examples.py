@@ -35,11 +35,7 @@ def example(monkeypatch):
     """Imports an example, which finds its neighbours as when it is run."""
     monkeypatch.syspath_prepend(ROOT / "examples")
     yield importlib.import_module
-    for name in [
-        name
-        for name, module in sys.modules.items()
-        if str(getattr(module, "__file__", "")).startswith(str(ROOT / "examples"))
-    ]:
+    for name in {path.stem for path in (ROOT / "examples").glob("*.py")} & sys.modules.keys():
         del sys.modules[name]
 
 
@@ -96,7 +92,7 @@ def blocks():
 
 
 def lines_of(source):
-    source = re.sub(r"(, )?\*\*options", "", source)  # what is compiled with; the defaults, in the document
+    source = re.sub(r"(, )?\*\*options(: Any)?", "", source)  # what is compiled with; the defaults, in the document
     return [line.strip() for line in source.splitlines() if line.strip()]
 
 

@@ -103,7 +103,7 @@ def test_compiles_evaluation_before_training(tmp_path):
 
 def test_compiles_a_model_made_for_the_training(tmp_path):
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, save_strategy="no")
-    made = Trainer(None, arguments, train_dataset=rows(), model_init=lambda: language_model(), callbacks=[callback()])
+    made = Trainer(None, arguments, train_dataset=rows(), model_init=language_model, callbacks=[callback()])
     made.train()
     assert graphfuse.report(made.model).counts.items() >= {**LAYER, **HEAD}.items()
 

@@ -68,7 +68,7 @@ def test_example_learns_as_in_eager(name, example):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_trl_example_learns_as_in_eager(method, example):
-    size = example("_small").Size(steps=3, layers=1, length=32)
+    size = example("_small").Size(steps=2, layers=1, length=32)
     model = compared(functools.partial(example("trl_trainers").train, method=method), size)
     assert counts(model) == LAYER
 

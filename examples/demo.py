@@ -10,26 +10,23 @@ Uses the GPU, in bfloat16, when there is one; without one, float32 on the CPU.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
+from _memory import Peak, quiet_stderr
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.rule import Rule
 from rich.table import Table
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 import graphfuse
@@ -108,40 +105,10 @@ def train(name: str, model: nn.Module, text: Tensor, steps: int, progress: Progr
         run.losses.append(step(tokens))
         run.seconds.append(time.perf_counter() - start)
         progress.update(task, advance=1, loss=f"loss {run.losses[-1]:.3f}")
-    with peak_memory(run):
+    with quiet_stderr(), Peak() as peak:
         step(tokens)
+    run.peak_bytes = peak.bytes
     return run
-
-
-@contextmanager
-def peak_memory(run: Run) -> Iterator[None]:
-    """Set the run's peak memory: the most that is allocated at once in the block, beyond what was before."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield
-        run.peak_bytes = torch.cuda.max_memory_allocated() - before
-        return
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        yield
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        prof.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    run.peak_bytes = max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
-
-
-@contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Drop what native code writes there: the profiler announces its start and its end."""
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
 
 
 def compare(build: Callable[[], nn.Module], options: argparse.Namespace, console: Console) -> tuple[Run, Run]:

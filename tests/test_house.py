@@ -96,7 +96,7 @@ def test_uses_the_glossary(path):
         assert not OTHER_WORDS & {word.lower() for word in words}, name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=relative)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("[!_]*.py")), ids=relative)
 def test_gives_examples_a_main(path):
     text = path.read_text()
     assert "\ndef main() -> None:" in text
@@ -139,7 +139,7 @@ def test_wheel_holds_graphfuse_alone(tmp_path):
     expected = {f"graphfuse/{path.name}" for path in (ROOT / "graphfuse").glob("*.py")} | {"graphfuse/py.typed"}
     for folder in ("kernels", "patterns"):
         expected |= {f"graphfuse/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
-    for folder in ("bench", "lazy", "reporting"):
+    for folder in ("bench", "integrations", "lazy", "reporting"):
         expected |= {f"graphfuse/{folder}/{path.name}" for path in (ROOT / "graphfuse" / folder).glob("*.*")}
     assert {name for name in names if name.startswith("graphfuse/")} == expected
     entry_points = zipfile.ZipFile(wheel).read(f"graphfuse-{version}.dist-info/entry_points.txt").decode()

@@ -107,7 +107,7 @@ def build(workload: Workload, device: torch.device) -> nn.Module:
         setattr(config, name, None)
     torch.manual_seed(0)
     with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])  # type: ignore[no-untyped-call]
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])
     if workload.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model.train(workload.phase == "train")
@@ -216,7 +216,7 @@ def generating(model: nn.Module, given: dict[str, Any], steps: int) -> Callable[
     from transformers import StaticCache
 
     tokens, mask = given["input_ids"], given.get("attention_mask")
-    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + steps)  # type: ignore[arg-type]
+    cache = StaticCache(config=model.config, max_cache_len=tokens.shape[1] + steps)
     # `forward` is not the compiled call: of this, only the step is compiled.
     model.forward(input_ids=tokens, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
     masks = [None] * steps if mask is None else [functional.pad(mask, (0, n + 1), value=1) for n in range(steps)]

@@ -10,21 +10,23 @@ The gradients that the first one returns are for its backward alone, which may o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, scale_triton_
+from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, TokenLosses, scale_triton_
 from graphfuse.kernels._token_chunks import Chunks, Head, Needs, compute_dtype, run_chunks
 from graphfuse.kernels._triton import HAS_TRITON
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+# The fields of `Head`, `Factors` and `Needs`, in their order: the first two are passed flat.
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
 _FACTORS = "Tensor? nll_factor, Tensor? smooth_factor, Tensor? lse_factor, Tensor? square_factor"
 _OPTIONS = "float logit_scale, float softcap, int chunk_size, bool? compact"
-_NEEDS = "bool need_hidden_grad, bool need_weight_grad, bool need_bias_grad"
+_NEEDS = "bool[3] needs"
 
 torch.library.define(
     "graphfuse::linear_cross_entropy",
@@ -58,107 +60,53 @@ def _launches(hidden: Tensor) -> bool:
     return hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64
 
 
-def _sum_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    nll_factor: Tensor | None,
-    smooth_factor: Tensor | None,
-    lse_factor: Tensor | None,
-    square_factor: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    chunk_size: int,
-    compact: bool | None,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factors = Factors(nll_factor, smooth_factor, lse_factor, square_factor)
-    wants_lse = lse_factor is not None or square_factor is not None
-    losses, *grads = run_chunks(
-        Head(hidden, weight, bias, target, class_weight),
+def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
+    head, factors, options, needs = Head(*args[:5]), Factors(*args[5:9]), args[9:13], Needs(*args[13])
+    wants_lse = factors.lse is not None or factors.square is not None
+    losses, grads = _run(
+        head,
         factors,
-        Logits(logit_scale, softcap),
-        (nll_factor is not None, smooth_factor is not None, wants_lse),
-        Needs(need_hidden_grad, need_weight_grad, need_bias_grad),
-        Chunks(chunk_size, compact),
-        _saved_dtype(hidden.dtype),
-        use_triton=_launches(hidden),
+        options,
+        (factors.nll is not None, factors.smooth is not None, wants_lse),
+        needs,
+        _saved_dtype(head.hidden.dtype),
     )
-    square = None if square_factor is None or losses.lse is None else losses.lse.square()
-    loss = hidden.new_zeros((), dtype=compute_dtype(hidden.dtype))
+    square = None if factors.square is None or losses.lse is None else losses.lse.square()
+    loss = head.hidden.new_zeros((), dtype=compute_dtype(head.hidden.dtype))
     for factor, each in zip(factors, (*losses, square), strict=True):
         if factor is not None and each is not None:
             loss += torch.where(factor == 0, 0, factor * each).sum()
-    return loss, grads[0], grads[1], grads[2]
+    return loss, *grads
 
 
-def _each_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    chunk_size: int,
-    compact: bool | None,
-    want_nll: bool,
-    want_smooth: bool,
-    want_lse: bool,
-    skip: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute = compute_dtype(hidden.dtype)
-    losses, *_ = run_chunks(
-        Head(hidden, weight, bias, target, class_weight),
-        Factors((target != NO_TARGET).to(compute)) if skip else None,
-        Logits(logit_scale, softcap),
-        (want_nll, want_smooth, want_lse),
-        Needs(),
-        Chunks(chunk_size, compact),
-        hidden.dtype,
-        use_triton=_launches(hidden),
-    )
-    nothing = [hidden.new_empty(0, dtype=compute) for _ in losses]
-    nll, smooth, lse = (empty if each is None else each for each, empty in zip(losses, nothing, strict=True))
-    return nll, smooth, lse
+def _each_forward(*args: Any) -> tuple[Tensor, ...]:
+    head, options, wants, skip = Head(*args[:5]), args[5:9], args[9:12], args[12]
+    compute = compute_dtype(head.hidden.dtype)
+    factors = Factors((head.target != NO_TARGET).to(compute)) if skip else None
+    losses, _ = _run(head, factors, options, wants, Needs(), head.hidden.dtype)
+    return tuple(head.hidden.new_empty(0, dtype=compute) if each is None else each for each in losses)
 
 
-def _each_backward(
-    nll_grad: Tensor | None,
-    smooth_grad: Tensor | None,
-    lse_grad: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    chunk_size: int,
-    compact: bool | None,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, grad_hidden, grad_weight, grad_bias = run_chunks(
-        Head(hidden, weight, bias, target, class_weight),
-        Factors(nll_grad, smooth_grad, lse_grad),
-        Logits(logit_scale, softcap),
-        (nll_grad is not None, False, nll_grad is None),
-        Needs(need_hidden_grad, need_weight_grad, need_bias_grad),
-        Chunks(chunk_size, compact),
-        hidden.dtype,
-        use_triton=_launches(hidden),
-    )
-    return grad_hidden, grad_weight, grad_bias
+def _each_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, head, options, needs = args[:3], Head(*args[3:8]), args[8:12], Needs(*args[12])
+    wants = (grads[0] is not None, False, grads[0] is None)
+    return _run(head, Factors(*grads), options, wants, needs, head.hidden.dtype)[1]
+
+
+def _run(
+    head: Head,
+    factors: Factors | None,
+    options: tuple[float, float, int, bool | None],
+    wants: tuple[bool, bool, bool],
+    needs: Needs,
+    grad_dtype: torch.dtype,
+) -> tuple[TokenLosses, tuple[Tensor, ...]]:
+    logits, chunks = Logits(*options[:2]), Chunks(*options[2:])
+    return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=_launches(head.hidden))
 
 
 def _empty_grads(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: tuple[bool, bool, bool]
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     nothing = [hidden.new_empty(0, dtype=dtype) for _ in needs]
     return (
@@ -176,7 +124,7 @@ torch.library.impl("graphfuse::linear_token_losses_backward", "default", _each_b
 @torch.library.register_fake("graphfuse::linear_cross_entropy")
 def _(hidden, weight, *args: Any):
     loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
-    return loss, *_empty_grads(hidden, weight, _saved_dtype(hidden.dtype), args[-3:])
+    return loss, *_empty_grads(hidden, weight, _saved_dtype(hidden.dtype), args[-1])
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses")
@@ -187,7 +135,7 @@ def _(hidden, *args: Any):
 
 @torch.library.register_fake("graphfuse::linear_token_losses_backward")
 def _(nll_grad, smooth_grad, lse_grad, hidden, weight, *args: Any):
-    return _empty_grads(hidden, weight, hidden.dtype, args[-3:])
+    return _empty_grads(hidden, weight, hidden.dtype, args[-1])
 
 
 class _Gradients:
@@ -214,7 +162,7 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     # A zero gradient for the outputs that are gradients would be as large as the weight.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.needs, ctx.dtype = inputs[-3:], inputs[0].dtype
+    ctx.needs, ctx.dtype = inputs[-1], inputs[0].dtype
     ctx.gradients = _Gradients(output[1:])
 
 
@@ -225,12 +173,12 @@ def _sum_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
     if grad is not None:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         saved = ctx.gradients.take(keep=keep)
-        for index, name in enumerate(("need_hidden_grad", "need_weight_grad", "need_bias_grad")):
+        for index, name in enumerate(Needs._fields):
             if wanted[index]:
                 if not ctx.needs[index]:
-                    raise RuntimeError(f"{name}: expected True for an input that requires grad, got False")
+                    raise RuntimeError(f"needs: expected True for {name}, which requires grad, got False")
                 grads[index] = _scale(saved[index], grad, ctx.dtype, keep=keep)
-    return *grads, *[None] * 13
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 def _scale(saved: Tensor, upstream: Tensor, dtype: torch.dtype, *, keep: bool) -> Tensor:
@@ -259,9 +207,10 @@ def _each_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
     wanted = ctx.needs_input_grad[:3]
     _reject_second_derivative("linear_token_losses", wanted)
     if all(grad is None for grad in grads):
-        return (None,) * 13
-    found = torch.ops.graphfuse.linear_token_losses_backward(*grads, *ctx.saved_tensors, *ctx.options, *wanted)
-    return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *[None] * 10
+        return (None,) * len(ctx.needs_input_grad)
+    found = torch.ops.graphfuse.linear_token_losses_backward(*grads, *ctx.saved_tensors, *ctx.options, wanted)
+    given = (grad if want else None for grad, want in zip(found, wanted, strict=True))
+    return *given, *[None] * (len(ctx.needs_input_grad) - len(wanted))
 
 
 def _reject_second_derivative(op: str, wanted: tuple[bool, ...]) -> None:

@@ -126,7 +126,7 @@ def run_chunks(
     grad_dtype: torch.dtype,
     *,
     use_triton: bool,
-) -> tuple[TokenLosses, Tensor, Tensor, Tensor]:
+) -> tuple[TokenLosses, tuple[Tensor, ...]]:
     """Return the tokens' losses, and the gradients, in `grad_dtype`, of their sum times `factors`.
 
     Without factors all tokens count, and nothing has a gradient.
@@ -203,7 +203,7 @@ def run_chunks(
     grads = [grad_hidden, total, grad_bias]
     if late is not None:
         grads = [grad.mul_(late) for grad in grads]
-    return losses, grads[0], grads[1].to(grad_dtype), grads[2].to(grad_dtype)
+    return losses, tuple(grad.to(grad_dtype) for grad in grads)
 
 
 def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

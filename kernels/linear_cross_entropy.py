@@ -231,7 +231,7 @@ class _Head(NamedTuple):
         tensors = (self.hidden, self.weight, self.bias)
         needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
         loss: Tensor = torch.ops.graphfuse.linear_cross_entropy(
-            *tensors, target, class_weight, *factors, *self.options, *needs
+            *tensors, target, class_weight, *factors, *self.options, needs
         )[0]
         return loss
 

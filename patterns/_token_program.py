@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._softmax_grad import NO_TARGET
+from graphfuse.kernels._token_chunks import Needs
 from graphfuse.match import CASTS, IDENTITIES
 from graphfuse.patterns._head import Choice, Step, origin
 from graphfuse.shadow import Shadow, Value
@@ -228,14 +229,13 @@ def replacement(
     outputs: tuple[tuple[tuple[Term, ...], tuple[str, bool] | None, torch.dtype], ...],
     is_total: bool,
     compute_dtype: torch.dtype,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
+    needs: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
     """What stands in the place of the region: the rows are chosen on the hidden states.
 
     Bias and class weight are given by their positions, targets by expressions. An output is its terms, how it is laid
-    out (flat or like the tokens, with a dimension of 1 after them or not; `None`: summed), and its dtype.
+    out (flat or like the tokens, with a dimension of 1 after them or not; `None`: summed), and its dtype. `needs` names
+    what gets a gradient.
     """
     inputs = (hidden, weight, *others)
     hidden = choose(hidden, choices, 1)
@@ -269,9 +269,7 @@ def replacement(
             *head,
             *(factors.get(loss) for loss in LOSSES),
             *options,
-            need_hidden_grad,
-            need_weight_grad,
-            need_bias_grad,
+            [name in needs for name in Needs._fields],
         )[0]
         return ((total if nan_if_none is None else total + nan_if_none).to(dtype),)
 

@@ -113,7 +113,8 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
         "class_weight": None if class_weight is None else inputs.add(class_weight),
     }
     grad_mode = outputs[0].grad_mode
-    needs = [bool(grad_mode and v is not None and v.tensor.requires_grad) for v in (hidden, weight, bias)]
+    operands = {"hidden": hidden, "weight": weight, "bias": bias}
+    needs = tuple(name for name, v in operands.items() if grad_mode and v is not None and v.tensor.requires_grad)
     return Match(
         pattern=NAME,
         outputs=tuple(outputs),
@@ -132,9 +133,7 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
             "outputs": tuple(described),
             "is_total": total is not None,
             "compute_dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-            "need_hidden_grad": needs[0],
-            "need_weight_grad": needs[1],
-            "need_bias_grad": needs[2],
+            "needs": needs,
         },
         variant=", ".join([*_words(terms, source, bias, is_total=total is not None), short(hidden.dtype)]),
         covers=COVERS,

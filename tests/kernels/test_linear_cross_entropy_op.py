@@ -43,12 +43,12 @@ def test_opcheck(compact, optional):
     needs = (True, True, optional)
     ops = torch.ops.graphfuse
     given = factors(names=4 if optional else 1)
-    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *given, *options, *needs))
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *given, *options, needs))
     wants = (True, optional, optional)
     torch.library.opcheck(ops.linear_token_losses.default, (*tensors, *options, *wants, not optional))
     detached = [None if tensor is None else tensor.detach() for tensor in tensors]
     grads = factors(names=3 if optional else 1)[:3]
-    torch.library.opcheck(ops.linear_token_losses_backward.default, (*grads, *detached, *options, *needs))
+    torch.library.opcheck(ops.linear_token_losses_backward.default, (*grads, *detached, *options, needs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -103,9 +103,9 @@ def test_no_output_is_another_or_an_input(needs, device):
     ops = torch.ops.graphfuse
     grads = (torch.ones(19, device=device), None, None)
     for given, outputs in [
-        (inputs, ops.linear_cross_entropy(*inputs, 1.0, 0.0, 0, None, *needs)),
+        (inputs, ops.linear_cross_entropy(*inputs, 1.0, 0.0, 0, None, needs)),
         (losses, ops.linear_token_losses(*losses, 1.0, 0.0, 0, None, True, *needs[:2], False)),
-        (losses, ops.linear_token_losses_backward(*grads, *losses, 1.0, 0.0, 0, None, *needs)),
+        (losses, ops.linear_token_losses_backward(*grads, *losses, 1.0, 0.0, 0, None, needs)),
     ]:
         storages = [tensor.untyped_storage()._cdata for tensor in (*given, *outputs) if tensor is not None]
         assert len(set(storages)) == len(storages)
@@ -115,10 +115,10 @@ def test_missing_flag_raises(device):
     """A caller of the op that forgot a gradient hears of it."""
     hidden, weight, _, target, _ = problem(device)
     arguments = (hidden, weight, None, target.clamp(min=0), None, torch.ones(19, device=device), None, None, None)
-    outputs = torch.ops.graphfuse.linear_cross_entropy(*arguments, 1.0, 0.0, 0, None, True, False, False)
+    outputs = torch.ops.graphfuse.linear_cross_entropy(*arguments, 1.0, 0.0, 0, None, [True, False, False])
     assert [output.shape for output in outputs] == [(), hidden.shape, (0,), (0,)]
     assert not any(output.requires_grad for output in outputs[1:])
-    with pytest.raises(RuntimeError, match=r"need_weight_grad: expected True .*, got False"):
+    with pytest.raises(RuntimeError, match=r"needs: expected True for weight, .*, got False"):
         outputs[0].backward()
 
 

@@ -6,7 +6,7 @@ factor that backward multiplies in, are there before forward returns and no chun
 
 The gradients that the first one returns are for its backward alone, which may overwrite them.
 """
-# Shape letters: N = tokens, H = features of a token, V = classes (vocabulary).
+# Shape letters: N = tokens, H = features of a token, V = classes (vocabulary), R = features of an added product.
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ from graphfuse.kernels._triton import HAS_TRITON
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # The fields of `Head`, `Factors` and `Needs`, in their order: the first two are passed flat.
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_hidden, Tensor? low_weight, "
+    "Tensor target, Tensor? class_weight"
+)
 _FACTORS = "Tensor? nll_factor, Tensor? smooth_factor, Tensor? lse_factor, Tensor? square_factor"
 _OPTIONS = "float logit_scale, float softcap, int chunk_size, bool? compact"
-_NEEDS = "bool[3] needs"
+_NEEDS = "bool[5] needs"
+_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 
 torch.library.define(
     "graphfuse::linear_cross_entropy",
-    f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}) -> (Tensor, {_GRADS})",
     tags=_TAGS,
 )
 torch.library.define(
@@ -40,8 +44,7 @@ torch.library.define(
 )
 torch.library.define(
     "graphfuse::linear_token_losses_backward",
-    f"(Tensor? nll_grad, Tensor? smooth_grad, Tensor? lse_grad, {_HEAD}, {_OPTIONS}, {_NEEDS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"(Tensor? nll_grad, Tensor? smooth_grad, Tensor? lse_grad, {_HEAD}, {_OPTIONS}, {_NEEDS}) -> ({_GRADS})",
     tags=_TAGS,
 )
 
@@ -61,7 +64,7 @@ def _launches(hidden: Tensor) -> bool:
 
 
 def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
-    head, factors, options, needs = Head(*args[:5]), Factors(*args[5:9]), args[9:13], Needs(*args[13])
+    head, factors, options, needs = Head(*args[:7]), Factors(*args[7:11]), args[11:15], Needs(*args[15])
     wants_lse = factors.lse is not None or factors.square is not None
     losses, grads = _run(
         head,
@@ -80,7 +83,7 @@ def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _each_forward(*args: Any) -> tuple[Tensor, ...]:
-    head, options, wants, skip = Head(*args[:5]), args[5:9], args[9:12], args[12]
+    head, options, wants, skip = Head(*args[:7]), args[7:11], args[11:14], args[14]
     compute = compute_dtype(head.hidden.dtype)
     factors = Factors((head.target != NO_TARGET).to(compute)) if skip else None
     losses, _ = _run(head, factors, options, wants, Needs(), head.hidden.dtype)
@@ -88,7 +91,7 @@ def _each_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _each_backward(*args: Any) -> tuple[Tensor, ...]:
-    grads, head, options, needs = args[:3], Head(*args[3:8]), args[8:12], Needs(*args[12])
+    grads, head, options, needs = args[:3], Head(*args[3:10]), args[10:14], Needs(*args[14])
     wants = (grads[0] is not None, False, grads[0] is None)
     return _run(head, Factors(*grads), options, wants, needs, head.hidden.dtype)[1]
 
@@ -105,14 +108,20 @@ def _run(
     return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=_launches(head.hidden))
 
 
-def _empty_grads(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = [hidden.new_empty(0, dtype=dtype) for _ in needs]
+def _empty_grads(head: Head, dtype: torch.dtype, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    hidden, weight, _, low_hidden, low_weight, *_ = head
+    low_dtype = dtype if low_hidden is None else torch.promote_types(dtype, low_hidden.dtype)
+    wanted = Needs(*needs)
+
+    def dense(is_needed: bool, dtype: torch.dtype, *shape: int) -> Tensor:
+        return hidden.new_empty(shape if is_needed else (0,), dtype=dtype)
+
     return (
-        torch.empty_like(hidden, dtype=dtype) if needs[0] else nothing[0],
-        torch.empty_like(weight, dtype=dtype) if needs[1] else nothing[1],
-        hidden.new_empty(weight.shape[0], dtype=dtype) if needs[2] else nothing[2],
+        torch.empty_like(hidden, dtype=dtype) if wanted.hidden else dense(False, dtype),
+        torch.empty_like(weight, dtype=dtype) if wanted.weight else dense(False, dtype),
+        dense(wanted.bias, dtype, weight.shape[0]),
+        dense(wanted.low_hidden, low_dtype, *(() if low_hidden is None else low_hidden.shape)),
+        dense(wanted.low_weight, low_dtype, *(() if low_weight is None else low_weight.shape)),
     )
 
 
@@ -122,9 +131,9 @@ torch.library.impl("graphfuse::linear_token_losses_backward", "default", _each_b
 
 
 @torch.library.register_fake("graphfuse::linear_cross_entropy")
-def _(hidden, weight, *args: Any):
+def _(hidden, *args: Any):
     loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
-    return loss, *_empty_grads(hidden, weight, _saved_dtype(hidden.dtype), args[-1])
+    return loss, *_empty_grads(Head(hidden, *args[:6]), _saved_dtype(hidden.dtype), args[-1])
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses")
@@ -134,8 +143,8 @@ def _(hidden, *args: Any):
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses_backward")
-def _(nll_grad, smooth_grad, lse_grad, hidden, weight, *args: Any):
-    return _empty_grads(hidden, weight, hidden.dtype, args[-1])
+def _(nll_grad, smooth_grad, lse_grad, hidden, *args: Any):
+    return _empty_grads(Head(hidden, *args[:6]), hidden.dtype, args[-1])
 
 
 class _Gradients:
@@ -162,13 +171,14 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     # A zero gradient for the outputs that are gradients would be as large as the weight.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.needs, ctx.dtype = inputs[-1], inputs[0].dtype
+    ctx.needs = inputs[-1]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[: len(Needs._fields)]]
     ctx.gradients = _Gradients(output[1:])
 
 
 def _sum_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None, None, None]
-    wanted = ctx.needs_input_grad[:3]
+    grads: list[Tensor | None] = [None] * len(Needs._fields)
+    wanted = ctx.needs_input_grad[: len(grads)]
     _reject_second_derivative("linear_cross_entropy", wanted)
     if grad is not None:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -177,7 +187,7 @@ def _sum_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | Non
             if wanted[index]:
                 if not ctx.needs[index]:
                     raise RuntimeError(f"needs: expected True for {name}, which requires grad, got False")
-                grads[index] = _scale(saved[index], grad, ctx.dtype, keep=keep)
+                grads[index] = _scale(saved[index], grad, ctx.dtypes[index], keep=keep)
     return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
@@ -199,12 +209,12 @@ def _scale(saved: Tensor, upstream: Tensor, dtype: torch.dtype, *, keep: bool) -
 def _each_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(each for each, want in zip(output, inputs[-4:-1], strict=True) if not want))
-    ctx.options = inputs[5:9]
-    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[7:11]
+    ctx.save_for_backward(*inputs[:7])
 
 
 def _each_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs_input_grad[: len(Needs._fields)]
     _reject_second_derivative("linear_token_losses", wanted)
     if all(grad is None for grad in grads):
         return (None,) * len(ctx.needs_input_grad)

@@ -252,7 +252,7 @@ def replacement(
     marked = target if ignore_index is None else torch.where(target != ignore_index, target, NO_TARGET)
     marked = _spread(marked, choose(layout, target_choices, 0), target_choices, NO_TARGET)
     tokens = _Tokens(layout, target, inputs, weight.shape[0])
-    head = (hidden.flatten(0, -2), weight, offset, marked, on_class)
+    head = (hidden.flatten(0, -2), weight, offset, None, None, marked, on_class)
     options = (logit_scale, softcap, 0, None)
 
     if is_total:

@@ -16,7 +16,7 @@ Every such materialisation is counted, by the line that caused it: `materialised
 from __future__ import annotations
 
 from graphfuse.lazy import functions, losses  # noqa: F401  (they fill the table)
-from graphfuse.lazy.formula import Formula, Step, apply_formula
+from graphfuse.lazy.formula import Formula, Part, Step, apply_formula
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, materialised
 
-__all__ = ["Formula", "LazyLogits", "Source", "Step", "apply_formula", "lazy", "materialised"]
+__all__ = ["Formula", "LazyLogits", "Part", "Source", "Step", "apply_formula", "lazy", "materialised"]

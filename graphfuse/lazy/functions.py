@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.lazy.formula import Formula, Step, apply_steps
+from graphfuse.lazy.formula import Step, apply_steps
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
 
@@ -28,10 +28,10 @@ def _stand_in(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
 
 
-def _made(tensor: LazyLogits, func: Function, like: Tensor, hidden: Tensor, *, shares: bool) -> LazyLogits:
+def _made(tensor: LazyLogits, func: Function, like: Tensor, rows: Function, *, shares: bool) -> LazyLogits:
     formula = live_formula(tensor)
     assert formula is not None
-    source = Source(formula.of_rows(hidden), None, tensor.source, func, shares=shares)
+    source = Source(formula.of_rows(rows), None, tensor.source, func, shares=shares)
     return lazy(source, like)
 
 
@@ -50,9 +50,12 @@ def _reshapes(func: Any) -> Function:
             return tensor
         if after.dim() == 0 or after.shape[-1] != tensor.shape[-1]:
             return NotImplemented
-        hidden = formula.hidden.reshape(*after.shape[:-1], formula.hidden.shape[-1])
         shares = after.untyped_storage()._cdata == before.untyped_storage()._cdata
-        return _made(tensor, lambda v: func(v, *args, **kwargs), after, hidden, shares=shares)
+
+        def rows(hidden: Tensor) -> Tensor:
+            return hidden.reshape(*after.shape[:-1], hidden.shape[-1])
+
+        return _made(tensor, lambda v: func(v, *args, **kwargs), after, rows, shares=shares)
 
     return run
 
@@ -71,16 +74,16 @@ def _chooses(func: Any, dim_at: int, *, copies: bool = False) -> Function:
             args = (*args[:dim_at], dim % tensor.dim(), *args[dim_at + 1 :])
         else:
             kwargs["dim"] = dim % tensor.dim()
-        hidden = func(formula.hidden, *args, **kwargs)
-        if isinstance(hidden, Tensor):
-            like = torch.empty((*hidden.shape[:-1], tensor.shape[-1]), device="meta")
-            like = like if copies else func(_stand_in(tensor), *args, **kwargs)
-            return _made(tensor, lambda v: func(v, *args, **kwargs), like, hidden, shares=not copies)
-        likes = func(_stand_in(tensor), *args, **kwargs)
-        return tuple(
-            _made(tensor, lambda v, k=k: func(v, *args, **kwargs)[k], like, rows, shares=True)
-            for k, (like, rows) in enumerate(zip(likes, hidden, strict=True))
-        )
+
+        def choose(values: Tensor) -> Any:
+            return func(values, *args, **kwargs)
+
+        likes = choose(_stand_in(tensor))
+        if isinstance(likes, Tensor):
+            likes = torch.empty(likes.shape, device="meta") if copies else likes
+            return _made(tensor, choose, likes, choose, shares=not copies)
+        take = [lambda values, k=k: choose(values)[k] for k in range(len(likes))]
+        return tuple(_made(tensor, one, like, one, shares=True) for one, like in zip(take, likes, strict=True))
 
     return run
 
@@ -112,10 +115,16 @@ def _item(tensor: Any, index: Any) -> Any:
     if free < 0 or not isinstance(parts[-1], slice) or parts[-1].indices(tensor.shape[-1]) != (0, tensor.shape[-1], 1):
         return NotImplemented
     where = (*parts[:-1], slice(None))
-    hidden = formula.hidden[where]
+
+    def choose(values: Tensor) -> Tensor:
+        return values[where]
+
     copies = any(isinstance(part, Tensor) for part in parts)
-    like = torch.empty((*hidden.shape[:-1], tensor.shape[-1]), device="meta") if copies else _stand_in(tensor)[where]
-    return _made(tensor, lambda v: v[where], like, hidden, shares=not copies)
+    if copies:
+        like = torch.empty((*formula.tensors[0][where].shape[:-1], tensor.shape[-1]), device="meta")
+    else:
+        like = choose(_stand_in(tensor))
+    return _made(tensor, choose, like, choose, shares=not copies)
 
 
 def _dimensions(part: Any) -> int:
@@ -143,7 +152,7 @@ def _permutes(func: Any) -> Function:
         order = tuple(before[d] for d in move)
         make = functools.partial(Tensor.permute, dims=move)
         if order[-1] == rank - 1:  # the vocabulary is last again: rows in another order
-            rows = formula.of_rows(formula.hidden.permute(order))
+            rows = formula.of_rows(lambda hidden: hidden.permute(order))
             return lazy(Source(rows, None, tensor.source, make, shares=True), like)
         return lazy(Source(formula, order, tensor.source, make, shares=True), like)
 
@@ -236,29 +245,9 @@ def _of_both(left: Any, right: LazyLogits) -> Any:
     first, second = live_formula(left), live_formula(right)
     if first is None or second is None or left.source.order or right.source.order:
         return NotImplemented
-    same = first.hidden is second.hidden or (
-        first.hidden.data_ptr() == second.hidden.data_ptr() and first.hidden.stride() == second.hidden.stride()
-    )
-    if not same or first.weight.data_ptr() != second.weight.data_ptr() or left.shape != right.shape:
+    if left.shape != right.shape or first.dtype != second.dtype:
         return NotImplemented
-    if first.dtype != second.dtype or first.product_dtype != second.product_dtype or first.bias is not second.bias:
-        return NotImplemented
-    if left.requires_grad != right.requires_grad:
-        return NotImplemented
-    ours, theirs = first.steps, second.steps
-
-    def product(rows: Tensor) -> Tensor:
-        return apply_steps(rows, ours) * apply_steps(rows, theirs)
-
-    formula = Formula(
-        first.hidden,
-        first.weight,
-        first.bias,
-        first.product_dtype,
-        (("apply", product), ("to", first.dtype)),
-        first.ages,
-    )
-    return lazy(Source(formula), _stand_in(left))
+    return lazy(Source(first.with_other(second, torch.mul).then(("to", first.dtype))), _stand_in(left))
 
 
 def log_softmax_of_rows(rows: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ Everything here answers `NotImplemented` where it would have to guess; the funct
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from graphfuse import ops
-from graphfuse.lazy.formula import Formula, Step, apply_formula, apply_steps
+from graphfuse.lazy.formula import Formula, Step, apply_steps
 from graphfuse.lazy.functions import autocasts, is_last, log_softmax_of_rows
 from graphfuse.lazy.table import Function, handles
 from graphfuse.lazy.tensor import LazyLogits, live_formula
@@ -24,6 +23,58 @@ MAX_GATHERED = 8  # entries per row, above which whole rows of logits are cheape
 
 
 # ------------------------------------------------------------------------------------------------ fused: loss, log p
+
+
+class _Fused(NamedTuple):
+    """What the fused ops make of a formula."""
+
+    factors: tuple[float, ...]  # of the products, over that of the first
+    scale: float
+    softcap: float
+    log_softmax: bool
+    low_dtype: torch.dtype  # of all products but the first
+
+    @classmethod
+    def of(cls, formula: Formula) -> _Fused | None:
+        """`None` if they cannot."""
+        found = _canonical(formula.steps)
+        each = [_canonical(part.steps) for part in formula.parts]
+        if formula.join is not None or found is None or any(part.dtype is None for part in formula.parts):
+            return None
+        factors = [canonical[0] for canonical in each if canonical is not None and not any(canonical[1:])]
+        if len(factors) < len(each) or not factors[0]:
+            return None
+        first = formula.parts[0].dtype
+        assert first is not None
+        low_dtype = first
+        for hidden, weight, _ in list(formula.products())[1:]:
+            low_dtype = torch.promote_types(low_dtype, torch.promote_types(hidden.dtype, weight.dtype))
+        if low_dtype not in (first, torch.promote_types(first, torch.float32)):
+            return None
+        scale, softcap, log_softmax = found
+        return cls(tuple(f / factors[0] for f in factors), factors[0] * scale, softcap, log_softmax, low_dtype)
+
+    def head(self, formula: Formula) -> dict[str, Any]:
+        """Arguments of the ops, for all rows in one dimension."""
+        dtype = formula.parts[0].dtype
+        (hidden, weight, _), *others = formula.products()
+        bias = None
+        for factor, (_, _, one) in zip(self.factors, formula.products(), strict=True):
+            if one is not None:
+                bias = one.to(dtype) * factor if bias is None else bias + one.to(dtype) * factor
+        low_rank = None
+        if others:
+            factors = self.factors[1:]
+            hiddens = [_rows(h).to(self.low_dtype) * f for (h, _, _), f in zip(others, factors, strict=True)]
+            low_rank = torch.cat(hiddens, 1), torch.cat([w.to(self.low_dtype) for _, w, _ in others], 1)
+        return {
+            "hidden": _rows(hidden).to(dtype),
+            "weight": weight.to(dtype),
+            "bias": bias,
+            "low_rank": low_rank,
+            "logit_scale": self.scale,
+            "softcap": self.softcap or None,
+        }
 
 
 def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
@@ -50,18 +101,8 @@ def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
     return scale, softcap, log_softmax
 
 
-def _head(formula: Formula) -> dict[str, Any]:
-    """Arguments of the fused ops."""
-    canonical = _canonical(formula.steps)
-    assert canonical is not None
-    dtype, hidden = formula.product_dtype, formula.hidden
-    return {
-        "hidden": hidden.to(dtype),
-        "weight": formula.weight.to(dtype),
-        "bias": None if formula.bias is None else formula.bias.to(dtype),
-        "logit_scale": canonical[0],
-        "softcap": canonical[1] or None,
-    }
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 @handles("cross_entropy")
@@ -106,8 +147,8 @@ def _loss(
     formula = live_formula(tensor)
     if formula is None or size_average is not None or reduce is not None:
         return NotImplemented
-    canonical = _canonical(formula.steps)
-    if canonical is None or canonical[2] is not normal or isinstance(target, LazyLogits):
+    fused = _Fused.of(formula)
+    if fused is None or fused.log_softmax is not normal or isinstance(target, LazyLogits):
         return NotImplemented
     if target.dtype not in (torch.int64, torch.int32) or reduction not in ("mean", "sum", "none"):
         return NotImplemented
@@ -116,11 +157,9 @@ def _loss(
     if order != classes_second or tuple(target.shape) != (*tensor.shape[:1], *tensor.shape[2:])[: max(rank - 1, 0)]:
         return NotImplemented
     formula.check_fresh()
-    head = _head(formula)
-    head["hidden"] = head["hidden"].reshape(-1, head["hidden"].shape[-1])
     with torch.autocast(tensor.device.type, enabled=False):
         loss = ops.linear_cross_entropy(
-            **head,
+            **fused.head(formula),
             target=target.reshape(-1),
             class_weight=class_weight,
             ignore_index=ignore_index,
@@ -136,26 +175,55 @@ def _gather(tensor: Any, dim: Any, index: Any = None, **kwargs: Any) -> Any:
     formula = live_formula(tensor)
     if formula is None or kwargs or not isinstance(index, Tensor) or isinstance(index, LazyLogits):
         return NotImplemented
-    canonical = _canonical(formula.steps)
-    if canonical is None or tensor.source.order is not None or not is_last(tensor, dim):
+    fused = _Fused.of(formula)
+    if fused is None or tensor.source.order is not None or not is_last(tensor, dim):
         return NotImplemented
-    if index.shape[:-1] != tensor.shape[:-1] or index.shape[-1] > (1 if canonical[2] else MAX_GATHERED):
+    if index.shape[:-1] != tensor.shape[:-1] or index.shape[-1] > (1 if fused.log_softmax else MAX_GATHERED):
         return NotImplemented
     formula.check_fresh()
-    head = _head(formula)
     with torch.autocast(tensor.device.type, enabled=False):
-        if canonical[2]:
-            head["hidden"] = head["hidden"].reshape(-1, head["hidden"].shape[-1])
-            picked = ops.linear_log_probs(**head, target=index.reshape(-1)).reshape(index.shape)
+        if fused.log_softmax:
+            picked = ops.linear_log_probs(**fused.head(formula), target=index.reshape(-1)).reshape(index.shape)
             return picked.to(tensor.dtype)
-        rows = functional.embedding(index, head["weight"])  # (*rows, k, H): a dot product for each entry
-        picked = (head["hidden"].unsqueeze(-2).float() * rows.float()).sum(-1)
-        if head["bias"] is not None:
-            picked = picked + head["bias"].float()[index]
-        return apply_steps(picked.to(formula.product_dtype), formula.steps)
+        return apply_steps(_dot_products(formula, index), formula.steps)
+
+
+def _dot_products(formula: Formula, index: Tensor) -> Tensor:
+    """The entries of logits at `index`, (*rows, k), before the last steps."""
+    total = None
+    for part, (hidden, weight, bias) in zip(formula.parts, formula.products(), strict=True):
+        rows = functional.embedding(index, weight.to(part.dtype))  # (*rows, k, H): a dot product for each entry
+        picked = (hidden.to(part.dtype).unsqueeze(-2).float() * rows.float()).sum(-1)
+        if bias is not None:
+            picked = picked + bias.to(part.dtype).float()[index]
+        picked = apply_steps(picked.to(part.dtype), part.steps)
+        total = picked if total is None else total + picked
+    assert total is not None, "formula: expected at least one product"
+    return total
 
 
 # --------------------------------------------------------------------------------------- over the vocabulary, in chunks
+
+
+def _in_chunks(formula: Formula, func: Function, *others: Tensor, remembers: bool) -> list[Any]:
+    """What a function makes of a chunk of logits, (C, V), and of the same rows of others, for each chunk in turn."""
+    size = max(1, CHUNK_BYTES // (4 * formula.shape[-1]))
+    rows = formula.of_rows(_rows)
+    counts = [each.shape[0] for each in rows.tensors[0].split(size)]
+
+    def of_chunk(start: int, *others: Tensor) -> Any:
+        formula.check_fresh()  # backward too
+        chunk = rows.of_rows(lambda tensor: tensor[start : start + size])
+        return func(chunk.of_tensors(*chunk.tensors), *others)
+
+    results = []
+    for k in range(len(counts)):
+        parts = [other[k * size : (k + 1) * size] for other in others]
+        if remembers and torch.is_grad_enabled():
+            results.append(checkpoint(of_chunk, k * size, *parts, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(of_chunk(k * size, *parts))
+    return results
 
 
 def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function:
@@ -173,22 +241,7 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
             args = (*args[:dim_at], -1, *args[dim_at + 1 :])
         else:
             kwargs["dim"] = -1
-        formula.check_fresh()
-
-        def of_chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            with torch.autocast(hidden.device.type, enabled=False):
-                rows = apply_formula(hidden, weight, bias, product_dtype=formula.product_dtype, steps=formula.steps)
-            return func(rows, *args, **kwargs)
-
-        remembers = torch.is_grad_enabled() and tensor.requires_grad
-        run_chunk = (
-            functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
-            if remembers
-            else of_chunk
-        )
-        flat = formula.hidden.reshape(-1, formula.hidden.shape[-1])
-        chunks = flat.split(max(1, CHUNK_BYTES // (4 * tensor.shape[-1])))
-        results = [run_chunk(hidden, formula.weight, formula.bias) for hidden in chunks]
+        results = _in_chunks(formula, lambda rows: func(rows, *args, **kwargs), remembers=tensor.requires_grad)
         lead = tensor.shape[:-1]
         if isinstance(results[0], Tensor):
             joined = torch.cat(results)

@@ -59,7 +59,7 @@ class Source:
     def kind(self) -> tuple[torch.dtype, torch.device]:
         """The dtype and device of the values, known before they are."""
         if self.formula is not None:
-            return self.formula.dtype, self.formula.hidden.device
+            return self.formula.dtype, self.formula.device
         assert self.own is not None, "source: expected a formula or values, got neither"
         return self.own.dtype, self.own.device
 
@@ -96,8 +96,7 @@ class Source:
     def _wants_history(self) -> bool:
         if self.formula is None or not torch.is_grad_enabled():
             return False
-        tensors = (self.formula.hidden, self.formula.weight, self.formula.bias)
-        return any(t is not None and t.requires_grad for t in tensors)
+        return any(tensor.requires_grad for tensor in self.formula.tensors)
 
 
 def _reader() -> str:
@@ -215,7 +214,7 @@ def lazy(source: Source, like: Tensor | None = None) -> LazyLogits:
     if like is None:
         like = torch.empty(formula.shape, device="meta")
         like = like if source.order is None else like.permute(source.order)
-    result: LazyLogits = _Attach.apply(source, like, formula.hidden, formula.weight, formula.bias)  # type: ignore[no-untyped-call]
+    result: LazyLogits = _Attach.apply(source, like, *formula.tensors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -266,7 +265,7 @@ class _Attach(torch.autograd.Function):
     """Gives a lazy tensor the autograd history of its hidden states and weights, for whoever reads it from C++."""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, like: Tensor, *tensors: Tensor | None) -> LazyLogits:
+    def forward(ctx: Any, source: Source, like: Tensor, *tensors: Tensor) -> LazyLogits:
         ctx.source = source
         ctx.set_materialize_grads(False)
         return wrap(source, like=like)
@@ -279,8 +278,7 @@ class _Attach(torch.autograd.Function):
         source: Source = ctx.source
         assert source.formula is not None
         formula = source.formula.detach()
-        tensors = (formula.hidden, formula.weight, formula.bias)
-        needed = [t.requires_grad_() for t, need in zip(tensors, wanted, strict=True) if need and t is not None]
+        needed = [t.requires_grad_() for t, need in zip(formula.tensors, wanted, strict=True) if need]
         with torch.enable_grad():
             output = formula.compute()
             output = output if source.order is None else output.permute(source.order)

@@ -32,6 +32,7 @@ class _Fused(NamedTuple):
     scale: float
     softcap: float
     log_softmax: bool
+    after: float  # factor of the log-probabilities
     low_dtype: torch.dtype  # of all products but the first
 
     @classmethod
@@ -41,7 +42,7 @@ class _Fused(NamedTuple):
         each = [_canonical(part.steps) for part in formula.parts]
         if formula.join is not None or found is None or any(part.dtype is None for part in formula.parts):
             return None
-        factors = [canonical[0] for canonical in each if canonical is not None and not any(canonical[1:])]
+        factors = [canonical[0] for canonical in each if canonical is not None and not any(canonical[1:3])]
         if len(factors) < len(each) or not factors[0]:
             return None
         first = formula.parts[0].dtype
@@ -51,8 +52,9 @@ class _Fused(NamedTuple):
             low_dtype = torch.promote_types(low_dtype, torch.promote_types(hidden.dtype, weight.dtype))
         if low_dtype not in (first, torch.promote_types(first, torch.float32)):
             return None
-        scale, softcap, log_softmax = found
-        return cls(tuple(f / factors[0] for f in factors), factors[0] * scale, softcap, log_softmax, low_dtype)
+        scale, softcap, log_softmax, after = found
+        ratios = tuple(factor / factors[0] for factor in factors)
+        return cls(ratios, factors[0] * scale, softcap, log_softmax, after, low_dtype)
 
     def head(self, formula: Formula) -> dict[str, Any]:
         """Arguments of the ops, for all rows in one dimension."""
@@ -77,17 +79,18 @@ class _Fused(NamedTuple):
         }
 
 
-def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
-    """`(logit_scale, softcap, log_softmax)` if the steps are those, and casts."""
-    scale, softcap, log_softmax = 1.0, 0.0, False
+def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool, float] | None:
+    """`(logit_scale, softcap, log_softmax, factor after it)` if the steps are those, and casts."""
+    scale, softcap, log_softmax, after = 1.0, 0.0, False, 1.0
     inside, seen_tanh = 1.0, False
     for name, value in steps:
         if name == "to":
             continue
-        if log_softmax:
-            return None
         if name == "mul" or (name == "div" and value):
-            scale *= value if name == "mul" else 1.0 / value
+            factor = value if name == "mul" else 1.0 / value
+            scale, after = (scale, after * factor) if log_softmax else (scale * factor, after)
+        elif log_softmax:
+            return None
         elif name == "tanh" and not seen_tanh:
             inside, scale, seen_tanh = scale, 1.0, True
         elif name == "apply" and value is log_softmax_of_rows:
@@ -98,7 +101,7 @@ def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
         softcap, scale = scale, inside * scale
         if softcap <= 0:
             return None
-    return scale, softcap, log_softmax
+    return scale, softcap, log_softmax, after
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -116,7 +119,9 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    return _loss(tensor, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, normal=False)
+    if size_average is not None or reduce is not None:
+        return NotImplemented
+    return _Loss(target, weight, ignore_index, reduction, label_smoothing).of(tensor, normal=False)
 
 
 @handles("nll_loss")
@@ -129,45 +134,64 @@ def _nll_loss(
     reduce: Any = None,
     reduction: str = "mean",
 ) -> Any:
-    return _loss(tensor, target, weight, size_average, ignore_index, reduce, reduction, 0.0, normal=True)
+    if size_average is not None or reduce is not None:
+        return NotImplemented
+    return _Loss(target, weight, ignore_index, reduction).of(tensor, normal=True)
 
 
-def _loss(
-    tensor: Any,
-    target: Any,
-    class_weight: Tensor | None,
-    size_average: Any,
-    ignore_index: int,
-    reduce: Any,
-    reduction: str,
-    label_smoothing: float,
-    *,
-    normal: bool,
-) -> Any:
-    formula = live_formula(tensor)
-    if formula is None or size_average is not None or reduce is not None:
-        return NotImplemented
-    fused = _Fused.of(formula)
-    if fused is None or fused.log_softmax is not normal or isinstance(target, LazyLogits):
-        return NotImplemented
-    if target.dtype not in (torch.int64, torch.int32) or reduction not in ("mean", "sum", "none"):
-        return NotImplemented
-    rank, order = tensor.dim(), tensor.source.order or tuple(range(tensor.dim()))
-    classes_second = (0, rank - 1, *range(1, rank - 1)) if rank > 1 else (0,)
-    if order != classes_second or tuple(target.shape) != (*tensor.shape[:1], *tensor.shape[2:])[: max(rank - 1, 0)]:
-        return NotImplemented
-    formula.check_fresh()
-    with torch.autocast(tensor.device.type, enabled=False):
-        loss = ops.linear_cross_entropy(
-            **fused.head(formula),
-            target=target.reshape(-1),
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
-    loss = loss.reshape(target.shape) if reduction == "none" else loss
-    return loss.to(torch.float32 if autocasts(tensor) else tensor.dtype)
+class _Loss(NamedTuple):
+    """A loss as torch's functions describe it."""
+
+    target: Any
+    class_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float = 0.0
+
+    def of(self, tensor: Any, *, normal: bool) -> Any:
+        """The loss of logits, or of log-probabilities if they are said to be normal."""
+        formula, target = live_formula(tensor), self.target
+        if formula is None or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
+            return NotImplemented
+        if target.dtype not in (torch.int64, torch.int32) or self.reduction not in ("mean", "sum", "none"):
+            return NotImplemented
+        rank, order = tensor.dim(), tensor.source.order or tuple(range(tensor.dim()))
+        classes_second = (0, rank - 1, *range(1, rank - 1)) if rank > 1 else (0,)
+        if order != classes_second or tuple(target.shape) != (*tensor.shape[:1], *tensor.shape[2:])[: max(rank - 1, 0)]:
+            return NotImplemented
+        formula.check_fresh()
+        fused = _Fused.of(formula)
+        if fused is None or fused.log_softmax is not normal or fused.after != 1.0:
+            return self._in_chunks(tensor, formula, functional.nll_loss if normal else functional.cross_entropy)
+        with torch.autocast(tensor.device.type, enabled=False):
+            loss = ops.linear_cross_entropy(
+                **fused.head(formula),
+                target=target.reshape(-1),
+                class_weight=self.class_weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )
+        loss = loss.reshape(target.shape) if self.reduction == "none" else loss
+        return loss.to(torch.float32 if autocasts(tensor) else tensor.dtype)
+
+    def _in_chunks(self, tensor: LazyLogits, formula: Formula, function: Function) -> Tensor:
+        options = {"ignore_index": self.ignore_index, "reduction": "none"}
+        if self.label_smoothing:
+            options["label_smoothing"] = self.label_smoothing
+
+        def of_chunk(rows: Tensor, target: Tensor) -> Any:
+            return function(rows, target, self.class_weight, **options)
+
+        target = self.target.reshape(-1).to(torch.int64)
+        losses = torch.cat(_in_chunks(formula, of_chunk, target, remembers=tensor.requires_grad))
+        if self.reduction == "none":
+            return losses.reshape(self.target.shape)
+        if self.reduction == "sum":
+            return losses.sum()
+        counted = target != self.ignore_index
+        weight = None if self.class_weight is None else self.class_weight[torch.where(counted, target, 0)]
+        return losses.sum() / (counted if weight is None else torch.where(counted, weight, 0)).sum()
 
 
 @handles("gather")
@@ -175,17 +199,31 @@ def _gather(tensor: Any, dim: Any, index: Any = None, **kwargs: Any) -> Any:
     formula = live_formula(tensor)
     if formula is None or kwargs or not isinstance(index, Tensor) or isinstance(index, LazyLogits):
         return NotImplemented
-    fused = _Fused.of(formula)
-    if fused is None or tensor.source.order is not None or not is_last(tensor, dim):
+    if tensor.source.order is not None or tensor.dim() < 2 or not is_last(tensor, dim):
         return NotImplemented
-    if index.shape[:-1] != tensor.shape[:-1] or index.shape[-1] > (1 if fused.log_softmax else MAX_GATHERED):
+    if index.shape[:-1] != tensor.shape[:-1]:
         return NotImplemented
     formula.check_fresh()
+    fused = _Fused.of(formula)
+    if fused is None or index.shape[-1] > (1 if fused.log_softmax else MAX_GATHERED):
+        found = _in_chunks(formula, lambda rows, at: rows.gather(-1, at), _rows(index), remembers=tensor.requires_grad)
+        return torch.cat(found).reshape(index.shape)
     with torch.autocast(tensor.device.type, enabled=False):
         if fused.log_softmax:
             picked = ops.linear_log_probs(**fused.head(formula), target=index.reshape(-1)).reshape(index.shape)
-            return picked.to(tensor.dtype)
+            return (picked * fused.after).to(tensor.dtype)
         return apply_steps(_dot_products(formula, index), formula.steps)
+
+
+@handles("take_along_dim")
+def _take_along(tensor: Any, indices: Any, dim: Any = None) -> Any:
+    if not isinstance(indices, Tensor) or dim is None or indices.dim() != tensor.dim():
+        return NotImplemented
+    try:
+        index = indices.expand(*tensor.shape[:-1], indices.shape[-1])
+    except RuntimeError:  # more rows than logits
+        return NotImplemented
+    return _gather(tensor, dim, index)
 
 
 def _dot_products(formula: Formula, index: Tensor) -> Tensor:
@@ -235,6 +273,8 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
             return NotImplemented
         dim = args[dim_at] if len(args) > dim_at else kwargs.get("dim", default)
         dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+        if dim is None and not args and func in (torch.sum, torch.mean) and formula.join is not None:
+            return func(run(tensor, -1, **kwargs))  # of all rows; plain logits are likely to be read again
         if not is_last(tensor, dim):
             return NotImplemented
         if len(args) > dim_at:
@@ -252,6 +292,6 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
     return run
 
 
-for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean"):
+for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean", "all"):
     handles(_name)(_reduces(getattr(torch, _name)))
 handles("topk")(_reduces(torch.topk, 1, -1))

@@ -14,6 +14,21 @@ Age = tuple[int | None, int] | None  # version and address; writes through `.dat
 Step = tuple[str, Any]  # ("mul" | "div", number), ("tanh", None), ("to", dtype), ("apply", function of whole rows)
 
 
+Choice = tuple[Any, ...]  # ("select", dimension, index) | ("slice", dimension, start, end), not of the last dimension
+
+
+class Stack(NamedTuple):
+    """How the outputs of several linear layers stand in one tensor."""
+
+    dim: int
+    flat: int  # how many leading dimensions are flattened then; 0: none
+
+    def of(self, *parts: Tensor) -> Tensor:
+        """Stack them."""
+        stacked = torch.stack(parts, self.dim)
+        return stacked.flatten(0, self.flat - 1) if self.flat else stacked
+
+
 class Part(NamedTuple):
     """One of the tensors that a formula joins: the output of a linear layer, or rows that are given.
 
@@ -42,6 +57,7 @@ class Formula:
         steps: what follows, in order.
         ages: of the tensors, at the time when the model ran.
         join: what makes one tensor of those of the parts; `None`: their sum.
+        is_whole: whether the join lays rows out anew, so that they cannot be chosen, or computed a chunk at a time.
     """
 
     tensors: tuple[Tensor, ...]
@@ -49,11 +65,20 @@ class Formula:
     steps: tuple[Step, ...]
     ages: tuple[Age, ...]
     join: Callable[..., Tensor] | None = None
+    is_whole: bool = False
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], parts: Sequence[Part], steps: Sequence[Step]) -> Formula:
+    def of(
+        cls,
+        tensors: Sequence[Tensor],
+        parts: Sequence[Part],
+        steps: Sequence[Step],
+        stack: Stack | None = None,
+    ) -> Formula:
         """Note how old the tensors are."""
-        return cls(tuple(tensors), tuple(parts), tuple(steps), tuple(map(_age, tensors)))
+        ages = tuple(map(_age, tensors))
+        join = None if stack is None else stack.of
+        return cls(tuple(tensors), tuple(parts), tuple(steps), ages, join, is_whole=stack is not None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,6 +98,13 @@ class Formula:
     def shape(self) -> tuple[int, ...]:
         """Shape of the logits, (*rows, V)."""
         return (*self.tensors[0].shape[:-1], self.tensors[1].shape[0])
+
+    def like(self) -> Tensor:
+        """Return a tensor of the shape of the logits, without memory."""
+        if not self.is_whole:
+            return torch.empty(self.shape, device="meta")
+        shapes = [(*hidden.shape[:-1], weight.shape[0]) for hidden, weight, _ in self.products()]
+        return self.joined(*(torch.empty(shape, device="meta") for shape in shapes))
 
     def products(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Hidden states, weight and bias of each linear layer."""
@@ -159,10 +191,23 @@ class Formula:
         return [sum(counts[:k]) for k in range(len(counts))]
 
 
-def apply_formula(*tensors: Tensor, parts: Sequence[Part], steps: Sequence[Step]) -> Tensor:
-    """Compute logits: the sum of linear layers, then `steps`, in the order and dtypes of the model."""
-    formula = Formula(tensors, tuple(parts), tuple(steps), ())
-    return formula.after()(*_outputs(tensors, formula.parts))
+def apply_formula(
+    *tensors: Tensor,
+    parts: Sequence[Part],
+    steps: Sequence[Step],
+    choices: Sequence[Choice] = (),
+    stack: Stack | None = None,
+) -> Tensor:
+    """Compute logits, or some rows: the sum or a stack of linear layers, then `steps`, in the dtypes of the model."""
+    formula = Formula.of(tensors, parts, steps, stack).of_rows(lambda rows: choose(rows, choices))
+    return formula.after()(*_outputs(formula.tensors, formula.parts))
+
+
+def choose(rows: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Some rows, by their leading dimensions."""
+    for name, dim, *where in choices:
+        rows = rows.select(dim, where[0]) if name == "select" else rows[(slice(None),) * dim + (slice(*where),)]
+    return rows
 
 
 def _outputs(tensors: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[Tensor]:

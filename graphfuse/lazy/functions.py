@@ -179,14 +179,14 @@ for _name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveax
 
 def stepped(tensor: LazyLogits, *steps: Step) -> LazyLogits:
     """The lazy result of a function of each row."""
-    formula = live_formula(tensor)
+    formula = live_formula(tensor, whole=True)
     assert formula is not None
     source = Source(formula.then(*steps), tensor.source.order, tensor.source, lambda v: apply_steps(v, steps))
     return lazy(source, stand_in(tensor))
 
 
 def _cast(tensor: Any, dtype: Any) -> Any:
-    if live_formula(tensor) is None or not dtype.is_floating_point:
+    if live_formula(tensor, whole=True) is None or not dtype.is_floating_point:
         return NotImplemented
     return tensor if dtype == tensor.dtype else stepped(tensor, ("to", dtype))
 
@@ -212,7 +212,11 @@ def _type_as(tensor: Any, other: Tensor) -> Any:
 @handles("to")
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
-    if live_formula(tensor) is None or memory_format is not None or (device is not None and device != tensor.device):
+    if (
+        live_formula(tensor, whole=True) is None
+        or memory_format is not None
+        or (device is not None and device != tensor.device)
+    ):
         return NotImplemented
     wanted = tensor.dtype if dtype is None else dtype
     if wanted == tensor.dtype and kwargs.get("copy"):
@@ -223,14 +227,14 @@ def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
 @handles("clone")
 def _clone(tensor: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     preserved = memory_format in (torch.preserve_format, torch.contiguous_format)
-    if live_formula(tensor) is None or not preserved or not tensor.is_contiguous():
+    if live_formula(tensor, whole=True) is None or not preserved or not tensor.is_contiguous():
         return NotImplemented
     return stepped(tensor)
 
 
 @handles("detach")
 def _detach(tensor: Any) -> Any:
-    if live_formula(tensor) is None:
+    if live_formula(tensor, whole=True) is None:
         return NotImplemented
     source = Source(tensor.source.formula.detach(), tensor.source.order, tensor.source, Tensor.detach, shares=True)
     return lazy(source, stand_in(tensor))

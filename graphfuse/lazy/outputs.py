@@ -18,18 +18,18 @@ from torch import Tensor, fx, nn
 from graphfuse import algebra
 from graphfuse.certify import certify
 from graphfuse.evidence import Evidence, gather
-from graphfuse.lazy.formula import Formula, Part, Step, apply_formula
+from graphfuse.lazy.formula import Choice, Formula, Part, Stack, Step, apply_formula, choose
 from graphfuse.lazy.tensor import Source, lazy
-from graphfuse.match import CASTS, IDENTITIES, Match, scalar, short
+from graphfuse.match import CASTS, IDENTITIES, VIEWS, Match, argument, scalar, short
 from graphfuse.rewrite import erase
 from graphfuse.shadow import Shadow, Value, is_nested
 
 aten = torch.ops.aten
 
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
 MUL = {aten.mul.Tensor, aten.mul.Scalar}
 DIV = {aten.div.Tensor, aten.div.Scalar}
 PRODUCTS = {aten.mm.default, aten.addmm.default}
+JOINS = {aten.add.Tensor, aten.stack.default}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 NAME = "lazy_logits"
@@ -68,7 +68,7 @@ def find(shadow: Shadow) -> list[LazyOutput]:
             value = behind.pop()
             if value in output.products or value.users or value in shadow.escaping:
                 continue
-            for operand in _summed(value) or [next(value.operands())]:
+            for operand in list(value.operands())[: None if value.op in JOINS else 1]:
                 operand.users.remove(value)
                 output.hidden_uses.append((operand, value))
                 behind.append(operand)
@@ -101,8 +101,7 @@ def settle(outputs: Sequence[LazyOutput], shadow: Shadow, taken: set[Value]) -> 
         Slot(
             o.position,
             tuple(place(v) for v in o.match.inputs),
-            o.match.params["parts"],
-            o.match.params["steps"],
+            **o.match.params,
         )
         for o in sorted(chosen, key=lambda o: o.position)
     ]
@@ -122,13 +121,17 @@ class Slot:
     tensors: tuple[tuple[bool, int], ...]  # those of all parts: (is an input of the graph, which)
     parts: tuple[Part, ...]
     steps: tuple[Step, ...]
+    choices: tuple[Choice, ...]
+    stack: Stack | None
 
     def fill(self, args: Sequence[Any], results: Sequence[Any]) -> Tensor:
         """Make the output of one call."""
         tensors = [args[k] if is_input else results[k] for is_input, k in self.tensors]
         if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
-            return apply_formula(*tensors, parts=self.parts, steps=self.steps)
-        return lazy(Source(Formula.of(tensors, self.parts, self.steps)))
+            return apply_formula(*tensors, parts=self.parts, steps=self.steps, choices=self.choices, stack=self.stack)
+        formula = Formula.of(tensors, self.parts, self.steps, self.stack)
+        like = choose(formula.like(), self.choices)
+        return lazy(Source(formula.of_rows(lambda rows: choose(rows, self.choices))), like)
 
 
 @dataclass(frozen=True)
@@ -174,35 +177,37 @@ def _is_worth_it(output: LazyOutput) -> bool:
 
 
 def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None:
-    """The output as a sum of linear layers and steps, with the values of their products; `None` if it is not that."""
-    if not output.dtype.is_floating_point or output.tensor.dim() < 2 or not output.tensor.is_contiguous():
+    """The output as a sum or a stack of linear layers, and what follows, with the values of their products."""
+    if not output.dtype.is_floating_point or output.tensor.dim() < 2:
         return None
-    found = _before_steps(output)
-    if found is None:
+    whole, choices = _before_choices(output)
+    found = _before_steps(whole)
+    if found is None or not whole.tensor.is_contiguous():
         return None
     summands, steps = [found[0]], found[1]
+    stack = _stack(found[0], whole)
+    if stack is not None:
+        summands = list(found[0].args[0])
     while summed := _summed(summands[0]):  # from the left, as a loop adds them
         summands[:1] = summed
-    products, parts, inputs = [], [], []
-    for summand in summands:
-        described = _part(summand, output, shadow)
-        if described is None:
-            return None
-        product, part, tensors = described
-        products.append(product)
-        parts.append(part)
-        inputs += tensors
-    if len({product.args[-1].shape[-1] for product in products}) > 1 or len(set(products)) < len(products):
+    described = [_part(summand, summand.shape if stack else whole.shape, shadow) for summand in summands]
+    kept = [each for each in described if each is not None]
+    products = [product for product, *_ in kept]
+    parts = tuple(part for _, part, _ in kept)
+    if len(kept) < len(described) or len(set(products)) < len(products):
         return None
+    if len({product.shape[-1] for product in products}) > 1 or (choices and stack):
+        return None
+    kind = f"{'stack' if stack else 'sum'} of {len(parts)} products"
     match = Match(
         pattern=NAME,
         outputs=(output,),
-        inputs=tuple(inputs),
+        inputs=tuple(value for *_, values in kept for value in values),
         replacement=apply_formula,
-        params={"parts": tuple(parts), "steps": steps},
-        variant=", ".join([*([f"sum of {len(parts)} products"] if len(parts) > 1 else []), short(output.dtype)]),
+        params={"parts": parts, "steps": steps, "choices": choices, "stack": stack},
+        variant=", ".join([*([kind] if len(parts) > 1 else []), short(output.dtype)]),
         covers={NAME: 1},
-        formula=_in_words(parts, steps),
+        formula=_in_words(parts, steps, stack),
         rounding=f"product rounded to {short(products[0].dtype)}",
         frees="logits",
         scalable=frozenset({output.shape[-1], *(product.args[-2].shape[-1] for product in products)}),
@@ -210,7 +215,35 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None
     return match, products
 
 
-def _part(summand: Value, output: Value, shadow: Shadow) -> tuple[Value, Part, list[Value]] | None:
+def _before_choices(value: Value) -> tuple[Value, tuple[Choice, ...]]:
+    """The value before some of its rows were chosen, and which."""
+    choices: list[Choice] = []
+    while value.op in (aten.select.int, aten.slice.Tensor, *IDENTITIES):
+        operand = value.args[0]
+        if value.op not in IDENTITIES:
+            dim = argument(value, 1, "dim", 0) % operand.tensor.dim()
+            where = [argument(value, 2, "index" if value.op is aten.select.int else "start")]
+            where += [] if value.op is aten.select.int else [argument(value, 3, "end")]
+            is_plain = all(type(number) in (int, type(None)) for number in where)
+            if dim == operand.tensor.dim() - 1 or not is_plain or argument(value, 4, "step", 1) != 1:
+                break
+            choices.insert(0, ("select" if value.op is aten.select.int else "slice", dim, *where))
+        value = operand
+    return value, tuple(choices)
+
+
+def _stack(value: Value, output: Value) -> Stack | None:
+    """How the value, if it is a stack, is laid out in the output."""
+    if value.op is not aten.stack.default:
+        return None
+    rank = value.tensor.dim()
+    dim = argument(value, 1, "dim", 0) % rank
+    flat = rank - output.tensor.dim() + 1
+    is_flat = flat > 0 and value.shape[flat:] == output.shape[1:]
+    return Stack(dim, flat if flat > 1 else 0) if dim < rank - 1 and is_flat else None
+
+
+def _part(summand: Value, shape: tuple[int, ...], shadow: Shadow) -> tuple[Value, Part, list[Value]] | None:
     """The product of a linear layer with what follows it, and its tensors as results of graph nodes."""
     found = _before_steps(summand)
     if found is None or found[0].op not in PRODUCTS:
@@ -220,7 +253,7 @@ def _part(summand: Value, output: Value, shadow: Shadow) -> tuple[Value, Part, l
     if right.op not in TRANSPOSES or right.args[0].tensor.dim() != 2 or product.kwargs:
         return None
     hidden: Value | None = left
-    while hidden is not None and hidden.shape[:-1] != output.shape[:-1]:
+    while hidden is not None and hidden.shape[:-1] != shape[:-1]:
         is_view = hidden.op in VIEWS | IDENTITIES and hidden.args[0].shape[-1] == left.shape[-1]
         hidden = hidden.args[0] if is_view else None
     tensors = [_at_node(value, shadow) for value in (hidden, right.args[0], *bias)]
@@ -231,7 +264,7 @@ def _part(summand: Value, output: Value, shadow: Shadow) -> tuple[Value, Part, l
 def _before_steps(value: Value) -> tuple[Value, tuple[Step, ...]] | None:
     """The product, or the sum, that the value was before operations on each element, and those operations."""
     steps: list[Step] = []
-    while value.op not in PRODUCTS and not _summed(value):
+    while value.op not in PRODUCTS and value.op is not aten.stack.default and not _summed(value):
         step = _step(value)
         if step is None:
             return None
@@ -246,14 +279,18 @@ def _summed(value: Value) -> list[Value]:
     return operands if value.op is aten.add.Tensor and len(operands) == 2 and not value.kwargs else []
 
 
-def _in_words(parts: Sequence[Part], steps: Sequence[Step]) -> str:
-    formula = None
+def _in_words(parts: Sequence[Part], steps: Sequence[Step], stack: Stack | None) -> str:
+    formula: Any = None
     for k, part in enumerate(parts):
         mark = "₁₂₃₄₅₆₇₈₉"[(k - 1) % 9] if k else ""
         one = algebra.product(algebra.symbol(f"h{mark}"), algebra.symbol(f"W{mark}ᵀ"))
         one = algebra.total(one, algebra.symbol(f"b{mark}")) if part.has_bias else one
         one = _after_steps(one, part.steps)
-        formula = one if formula is None else algebra.total(formula, one)
+        if stack is not None:
+            one = one if formula is None else algebra.symbol(f"{algebra.write(formula)}, {algebra.write(one)}")
+            formula = algebra.apply("stack", one) if k + 1 == len(parts) else one
+        else:
+            formula = one if formula is None else algebra.total(formula, one)
     return algebra.write(_after_steps(formula, steps))
 
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from graphfuse.lazy.formula import Formula, version
 from graphfuse.lazy.table import ABOUT_SHAPE, FUNCTIONS, turns, writes
+from graphfuse.match import VIEWS
 
 aten = torch.ops.aten
 
@@ -25,7 +26,6 @@ materialised: Counter[str] = Counter()
 _HERE = Path(__file__).resolve().parent
 _SAME = {aten.detach.default, aten.alias.default}
 _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
-_VIEW = {aten.view.default, aten._unsafe_view.default}
 
 
 class Source:
@@ -158,7 +158,7 @@ class LazyLogits(Tensor):
         """Below autograd, for what comes from C++: aliases stay lazy, everything else gets the values."""
         first = args[0] if args else None
         if isinstance(first, LazyLogits) and (
-            func in _SAME or (func in _VIEW and tuple(args[1]) == tuple(first.shape))
+            func in _SAME or (func in VIEWS and tuple(args[1]) == tuple(first.shape))
         ):
             source = first.source
             if source.formula is None:  # inside a trace, of which the values are part
@@ -212,7 +212,7 @@ def lazy(source: Source, like: Tensor | None = None) -> LazyLogits:
     formula = source.formula
     assert formula is not None, "formula: expected one to compute from"
     if like is None:
-        like = torch.empty(formula.shape, device="meta")
+        like = formula.like()
         like = like if source.order is None else like.permute(source.order)
     result: LazyLogits = _Attach.apply(source, like, *formula.tensors)  # type: ignore[no-untyped-call]
     return result
@@ -246,19 +246,21 @@ class _Bridge(torch.autograd.Function):
         return grad
 
 
-def live_formula(tensor: Tensor) -> Formula | None:
+def live_formula(tensor: Tensor, *, whole: bool = False) -> Formula | None:
     """The formula that a function may compute from instead of the values, or `None` if it must take those.
 
     It must not where they stand in memory already (and may have been changed), and where autograd nodes of others
-    stand between the logits and this tensor.
+    stand between the logits and this tensor. Nor where rows are laid out anew (see `is_whole`), unless it does not need
+    them one by one: `whole`.
     """
     if not isinstance(tensor, LazyLogits) or tensor.source.is_read:
         return None
-    if tensor.source.formula is None:
+    formula = tensor.source.formula
+    if formula is None or (formula.is_whole and not whole):
         return None
     if not tensor.requires_grad:
-        return tensor.source.formula.detach()
-    return tensor.source.formula if _is_ours(tensor) else None
+        return formula.detach()
+    return formula if _is_ours(tensor) else None
 
 
 class _Attach(torch.autograd.Function):

@@ -108,37 +108,6 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-@handles("cross_entropy")
-def _cross_entropy(
-    tensor: Any,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    if size_average is not None or reduce is not None:
-        return NotImplemented
-    return _Loss(target, weight, ignore_index, reduction, label_smoothing).of(tensor, normal=False)
-
-
-@handles("nll_loss")
-def _nll_loss(
-    tensor: Any,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Any:
-    if size_average is not None or reduce is not None:
-        return NotImplemented
-    return _Loss(target, weight, ignore_index, reduction).of(tensor, normal=True)
-
-
 class _Loss(NamedTuple):
     """A loss as torch's functions describe it."""
 
@@ -146,7 +115,7 @@ class _Loss(NamedTuple):
     class_weight: Tensor | None
     ignore_index: int
     reduction: str
-    label_smoothing: float = 0.0
+    label_smoothing: float
 
     def of(self, tensor: Any, *, normal: bool) -> Any:
         """The loss of logits, or of log-probabilities if they are said to be normal."""
@@ -192,6 +161,30 @@ class _Loss(NamedTuple):
         counted = target != self.ignore_index
         weight = None if self.class_weight is None else self.class_weight[torch.where(counted, target, 0)]
         return losses.sum() / (counted if weight is None else torch.where(counted, weight, 0)).sum()
+
+
+def _takes_targets(*, normal: bool) -> Function:
+    """`cross_entropy`, or `nll_loss`, whose arguments are the same but for the last."""
+
+    def run(
+        tensor: Any,
+        target: Any,
+        weight: Tensor | None = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Any:
+        if size_average is not None or reduce is not None:
+            return NotImplemented
+        return _Loss(target, weight, ignore_index, reduction, label_smoothing).of(tensor, normal=normal)
+
+    return run
+
+
+handles("cross_entropy")(_takes_targets(normal=False))
+handles("nll_loss")(_takes_targets(normal=True))
 
 
 @handles("gather")

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphfuse
-
-B, S, H, V = 2, 7, 16, 37
+from tests.patterns.heads import B, H, S, V, problem
 
 
 def hf(x, w, bias, y):
@@ -124,13 +123,6 @@ SPELLINGS = [
     tied,
     drops_nothing,
 ]
-
-
-def problem(dtype=torch.float32):
-    x, w, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in [(B, S, H), (V, H), (V,)])
-    y = torch.randint(V, (B, S))
-    y[0, :2] = -100
-    return x, w, bias, y
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphfuse
-from graphfuse.lazy import materialised
+from graphfuse.lazy import LazyLogits, losses, materialised
 from tests.test_lazy import Decoder, V, assert_same, pair
 
 IGNORED = -100
@@ -16,7 +17,9 @@ B, S = 2, 7
 
 
 @pytest.fixture
-def tokens():
+def tokens(monkeypatch):
+    """The rows go through in several chunks."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * 4)
     materialised.clear()
     return torch.randint(V, (B, S))
 
@@ -121,6 +124,32 @@ def test_distils_without_logits(use, teacher, tokens):
     if teacher == "lazy":
         ours, theirs = ([p.grad for p in m.parameters()] for m in (compiled_other, other))
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-7)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and not isinstance(tensor, LazyLogits):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
+        return made
+
+
+def test_a_divergence_is_never_whole(monkeypatch):
+    """Nor are its gradients: of 64 rows there are 4 at a time."""
+    tokens = torch.randint(V, (B, 32))
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * V * 4)
+    (_, student), (_, teacher) = pair(), pair()
+    student.head.weight.requires_grad_(False)
+    logits, targets = student(tokens), teacher(tokens).detach()
+    with Largest() as largest:
+        F.kl_div(logits.log_softmax(-1), targets.softmax(-1), reduction="batchmean").backward()
+    assert 4 * V <= largest.elements < B * 32 * V // 2
+    assert largest.elements <= student.embed.weight.numel()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (B, 1, 1), (B, S, 1), (B, S, V)], ids=str)

@@ -171,8 +171,8 @@ class Formula:
             )
         if tuple(map(_age, self.tensors)) != self.ages:
             raise RuntimeError(
-                "logits: expected to be read before the weights of the head change, got an in-place change since "
-                "(an optimizer step?); read them earlier, or compile with lazy_logits=False"
+                "logits: expected to be read before the weights of the head change, got an in-place change since, "
+                "of them or what they met (an optimizer step?); read them earlier, or compile with lazy_logits=False"
             )
 
     def compute(self) -> Tensor:

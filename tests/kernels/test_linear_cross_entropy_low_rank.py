@@ -160,3 +160,13 @@ def test_is_the_sum_of_two_linear_layers(device):
     expected = logits.log_softmax(-1).gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     found = linear_log_probs(hidden, weight, target.clamp(min=0), bias, low_rank=(low_hidden, low_weight))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("low_dtype", [None, torch.float32], ids=["same", "wide"])
+def test_logits_never_exist_as_a_whole(low_dtype, device):
+    tokens = 128
+    *leaves, target = problem(device, torch.bfloat16, low_dtype, tokens)
+    leaves[1].requires_grad_(False)
+    with Watch() as watch:
+        ours()(*leaves, target).backward()
+    assert CHUNK * VOCAB <= watch.largest < tokens * VOCAB // 2

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.evaluate import roots
 from graphfuse.kernels import linear_cross_entropy as _  # noqa: F401  (registers the ops)
 from graphfuse.match import CASTS, IDENTITIES, Match, Pattern, Refusal, Sampler, short
 from graphfuse.patterns._head import (
@@ -34,6 +35,7 @@ from graphfuse.patterns._head import (
     Term,
     Tokens,
     Trail,
+    size,
 )
 from graphfuse.patterns._head_formula import formula
 from graphfuse.patterns._head_operands import Summand, common_dtype, summands
@@ -46,7 +48,7 @@ aten = torch.ops.aten
 NAME = "linear_cross_entropy"
 COVERS = {NAME: 1}
 ALONE = "compute what else needs the logits outside the compiled model, or from the hidden states"
-ONE_PRODUCT = "make the logits by one matrix product, and then do no more than cast, scale, soft-cap and slice them"
+PRODUCTS_ONLY = "make the logits by matrix products, and then do no more than add, cast, scale, soft-cap and slice them"
 ONE_GRAPH = "compute logits and loss in one graph: TORCH_LOGS=graph_breaks says what separates them"
 
 
@@ -63,7 +65,7 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         if value.op in NLL and not value.output and not any(value in trail for trail in trails):
             reason = _what_lies_between(value, trails)
             if reason is not None:
-                yield Refusal(NAME, value, reason, COVERS, ONE_GRAPH if "same graph" in reason else ONE_PRODUCT)
+                yield Refusal(NAME, value, reason, COVERS, ONE_GRAPH if "same graph" in reason else PRODUCTS_ONLY)
 
 
 def _match(trail: Trail, shadow: Shadow) -> Match:
@@ -295,7 +297,9 @@ def _scalable(trail: Trail, terms: Sequence[Term], source: Source, summands: Seq
     is_one_hot = any(rows.picked is not None for rows in trail.rows.values())  # by arange(classes)
     if not is_one_hot and all(term.source.classes is None for term in terms):
         sizes.add(source.product.shape[-1])
-    return frozenset(sizes)
+    # Of a weight that is some columns of another, both have the sizes that they have.
+    parts = [s for s in summands if size(roots(s.weight)[-1]) != size(s.weight)]
+    return frozenset(sizes) - {n for s in parts for n in (s.hidden.shape[-1], roots(s.weight)[-1].shape[-1])}
 
 
 def _samplers(inputs: int, targets: Iterable[int], vocabulary: int, ignore_index: int | None) -> dict[int, Sampler]:

@@ -120,6 +120,11 @@ def wide_delta(x, w, bias, a, b, y):
     return loss_of((base + delta * SCALE).to(base.dtype), y)
 
 
+def some_columns(x, w, bias, a, b, y):
+    """A second weight that is a part of another one."""
+    return loss_of(F.linear(x, w) + F.linear(x[..., :5], w[:, :5]), y)
+
+
 def no_norm_before(x, w, bias, a, b, y):
     """Hidden states that come straight out of a projection."""
     x = F.linear(x, w[:H])
@@ -150,6 +155,7 @@ SPELLINGS = [
     per_token,
     of_other_hidden_states,
     wide_delta,
+    some_columns,
     no_norm_before,
 ]
 

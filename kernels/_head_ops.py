@@ -6,29 +6,35 @@ factor that backward multiplies in, are there before forward returns and no chun
 
 The gradients that the first one returns are for its backward alone, which may overwrite them.
 """
-# Shape letters: N = tokens, H = features of a token, V = classes (vocabulary).
+# Shape letters: N = tokens, H = features of a token, V = classes (vocabulary), R = features of an added product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, scale_triton_
+from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, TokenLosses, scale_triton_
 from graphfuse.kernels._token_chunks import Chunks, Head, Needs, compute_dtype, run_chunks
 from graphfuse.kernels._triton import HAS_TRITON
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight"
+# The fields of `Head`, `Factors` and `Needs`, in their order: the first two are passed flat.
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_hidden, Tensor? low_weight, "
+    "Tensor target, Tensor? class_weight"
+)
 _FACTORS = "Tensor? nll_factor, Tensor? smooth_factor, Tensor? lse_factor, Tensor? square_factor"
 _OPTIONS = "float logit_scale, float softcap, int chunk_size, bool? compact"
-_NEEDS = "bool need_hidden_grad, bool need_weight_grad, bool need_bias_grad"
+_NEEDS = "bool[5] needs"
+_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 
 torch.library.define(
     "graphfuse::linear_cross_entropy",
-    f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}) -> (Tensor, {_GRADS})",
     tags=_TAGS,
 )
 torch.library.define(
@@ -38,8 +44,7 @@ torch.library.define(
 )
 torch.library.define(
     "graphfuse::linear_token_losses_backward",
-    f"(Tensor? nll_grad, Tensor? smooth_grad, Tensor? lse_grad, {_HEAD}, {_OPTIONS}, {_NEEDS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"(Tensor? nll_grad, Tensor? smooth_grad, Tensor? lse_grad, {_HEAD}, {_OPTIONS}, {_NEEDS}) -> ({_GRADS})",
     tags=_TAGS,
 )
 
@@ -58,113 +63,65 @@ def _launches(hidden: Tensor) -> bool:
     return hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64
 
 
-def _sum_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    nll_factor: Tensor | None,
-    smooth_factor: Tensor | None,
-    lse_factor: Tensor | None,
-    square_factor: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    chunk_size: int,
-    compact: bool | None,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    factors = Factors(nll_factor, smooth_factor, lse_factor, square_factor)
-    wants_lse = lse_factor is not None or square_factor is not None
-    losses, *grads = run_chunks(
-        Head(hidden, weight, bias, target, class_weight),
+def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
+    head, factors, options, needs = Head(*args[:7]), Factors(*args[7:11]), args[11:15], Needs(*args[15])
+    wants_lse = factors.lse is not None or factors.square is not None
+    losses, grads = _run(
+        head,
         factors,
-        Logits(logit_scale, softcap),
-        (nll_factor is not None, smooth_factor is not None, wants_lse),
-        Needs(need_hidden_grad, need_weight_grad, need_bias_grad),
-        Chunks(chunk_size, compact),
-        _saved_dtype(hidden.dtype),
-        use_triton=_launches(hidden),
+        options,
+        (factors.nll is not None, factors.smooth is not None, wants_lse),
+        needs,
+        _saved_dtype(head.hidden.dtype),
     )
-    square = None if square_factor is None or losses.lse is None else losses.lse.square()
-    loss = hidden.new_zeros((), dtype=compute_dtype(hidden.dtype))
+    square = None if factors.square is None or losses.lse is None else losses.lse.square()
+    loss = head.hidden.new_zeros((), dtype=compute_dtype(head.hidden.dtype))
     for factor, each in zip(factors, (*losses, square), strict=True):
         if factor is not None and each is not None:
             loss += torch.where(factor == 0, 0, factor * each).sum()
-    return loss, grads[0], grads[1], grads[2]
+    return loss, *grads
 
 
-def _each_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    chunk_size: int,
-    compact: bool | None,
-    want_nll: bool,
-    want_smooth: bool,
-    want_lse: bool,
-    skip: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    compute = compute_dtype(hidden.dtype)
-    losses, *_ = run_chunks(
-        Head(hidden, weight, bias, target, class_weight),
-        Factors((target != NO_TARGET).to(compute)) if skip else None,
-        Logits(logit_scale, softcap),
-        (want_nll, want_smooth, want_lse),
-        Needs(),
-        Chunks(chunk_size, compact),
-        hidden.dtype,
-        use_triton=_launches(hidden),
-    )
-    nothing = [hidden.new_empty(0, dtype=compute) for _ in losses]
-    nll, smooth, lse = (empty if each is None else each for each, empty in zip(losses, nothing, strict=True))
-    return nll, smooth, lse
+def _each_forward(*args: Any) -> tuple[Tensor, ...]:
+    head, options, wants, skip = Head(*args[:7]), args[7:11], args[11:14], args[14]
+    compute = compute_dtype(head.hidden.dtype)
+    factors = Factors((head.target != NO_TARGET).to(compute)) if skip else None
+    losses, _ = _run(head, factors, options, wants, Needs(), head.hidden.dtype)
+    return tuple(head.hidden.new_empty(0, dtype=compute) if each is None else each for each in losses)
 
 
-def _each_backward(
-    nll_grad: Tensor | None,
-    smooth_grad: Tensor | None,
-    lse_grad: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    logit_scale: float,
-    softcap: float,
-    chunk_size: int,
-    compact: bool | None,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, grad_hidden, grad_weight, grad_bias = run_chunks(
-        Head(hidden, weight, bias, target, class_weight),
-        Factors(nll_grad, smooth_grad, lse_grad),
-        Logits(logit_scale, softcap),
-        (nll_grad is not None, False, nll_grad is None),
-        Needs(need_hidden_grad, need_weight_grad, need_bias_grad),
-        Chunks(chunk_size, compact),
-        hidden.dtype,
-        use_triton=_launches(hidden),
-    )
-    return grad_hidden, grad_weight, grad_bias
+def _each_backward(*args: Any) -> tuple[Tensor, ...]:
+    grads, head, options, needs = args[:3], Head(*args[3:10]), args[10:14], Needs(*args[14])
+    wants = (grads[0] is not None, False, grads[0] is None)
+    return _run(head, Factors(*grads), options, wants, needs, head.hidden.dtype)[1]
 
 
-def _empty_grads(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = [hidden.new_empty(0, dtype=dtype) for _ in needs]
+def _run(
+    head: Head,
+    factors: Factors | None,
+    options: tuple[float, float, int, bool | None],
+    wants: tuple[bool, bool, bool],
+    needs: Needs,
+    grad_dtype: torch.dtype,
+) -> tuple[TokenLosses, tuple[Tensor, ...]]:
+    logits, chunks = Logits(*options[:2]), Chunks(*options[2:])
+    return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=_launches(head.hidden))
+
+
+def _empty_grads(head: Head, dtype: torch.dtype, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    hidden, weight, _, low_hidden, low_weight, *_ = head
+    low_dtype = dtype if low_hidden is None else torch.promote_types(dtype, low_hidden.dtype)
+    wanted = Needs(*needs)
+
+    def dense(is_needed: bool, dtype: torch.dtype, *shape: int) -> Tensor:
+        return hidden.new_empty(shape if is_needed else (0,), dtype=dtype)
+
     return (
-        torch.empty_like(hidden, dtype=dtype) if needs[0] else nothing[0],
-        torch.empty_like(weight, dtype=dtype) if needs[1] else nothing[1],
-        hidden.new_empty(weight.shape[0], dtype=dtype) if needs[2] else nothing[2],
+        torch.empty_like(hidden, dtype=dtype) if wanted.hidden else dense(False, dtype),
+        torch.empty_like(weight, dtype=dtype) if wanted.weight else dense(False, dtype),
+        dense(wanted.bias, dtype, weight.shape[0]),
+        dense(wanted.low_hidden, low_dtype, *(() if low_hidden is None else low_hidden.shape)),
+        dense(wanted.low_weight, low_dtype, *(() if low_weight is None else low_weight.shape)),
     )
 
 
@@ -174,9 +131,9 @@ torch.library.impl("graphfuse::linear_token_losses_backward", "default", _each_b
 
 
 @torch.library.register_fake("graphfuse::linear_cross_entropy")
-def _(hidden, weight, *args: Any):
+def _(hidden, *args: Any):
     loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
-    return loss, *_empty_grads(hidden, weight, _saved_dtype(hidden.dtype), args[-3:])
+    return loss, *_empty_grads(Head(hidden, *args[:6]), _saved_dtype(hidden.dtype), args[-1])
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses")
@@ -186,8 +143,8 @@ def _(hidden, *args: Any):
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses_backward")
-def _(nll_grad, smooth_grad, lse_grad, hidden, weight, *args: Any):
-    return _empty_grads(hidden, weight, hidden.dtype, args[-3:])
+def _(nll_grad, smooth_grad, lse_grad, hidden, *args: Any):
+    return _empty_grads(Head(hidden, *args[:6]), hidden.dtype, args[-1])
 
 
 class _Gradients:
@@ -214,23 +171,24 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     # A zero gradient for the outputs that are gradients would be as large as the weight.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.needs, ctx.dtype = inputs[-3:], inputs[0].dtype
+    ctx.needs = inputs[-1]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[: len(Needs._fields)]]
     ctx.gradients = _Gradients(output[1:])
 
 
 def _sum_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None, None, None]
-    wanted = ctx.needs_input_grad[:3]
+    grads: list[Tensor | None] = [None] * len(Needs._fields)
+    wanted = ctx.needs_input_grad[: len(grads)]
     _reject_second_derivative("linear_cross_entropy", wanted)
     if grad is not None:
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         saved = ctx.gradients.take(keep=keep)
-        for index, name in enumerate(("need_hidden_grad", "need_weight_grad", "need_bias_grad")):
+        for index, name in enumerate(Needs._fields):
             if wanted[index]:
                 if not ctx.needs[index]:
-                    raise RuntimeError(f"{name}: expected True for an input that requires grad, got False")
-                grads[index] = _scale(saved[index], grad, ctx.dtype, keep=keep)
-    return *grads, *[None] * 13
+                    raise RuntimeError(f"needs: expected True for {name}, which requires grad, got False")
+                grads[index] = _scale(saved[index], grad, ctx.dtypes[index], keep=keep)
+    return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
 def _scale(saved: Tensor, upstream: Tensor, dtype: torch.dtype, *, keep: bool) -> Tensor:
@@ -251,17 +209,18 @@ def _scale(saved: Tensor, upstream: Tensor, dtype: torch.dtype, *, keep: bool) -
 def _each_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(each for each, want in zip(output, inputs[-4:-1], strict=True) if not want))
-    ctx.options = inputs[5:9]
-    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[7:11]
+    ctx.save_for_backward(*inputs[:7])
 
 
 def _each_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs_input_grad[: len(Needs._fields)]
     _reject_second_derivative("linear_token_losses", wanted)
     if all(grad is None for grad in grads):
-        return (None,) * 13
-    found = torch.ops.graphfuse.linear_token_losses_backward(*grads, *ctx.saved_tensors, *ctx.options, *wanted)
-    return *(grad if want else None for grad, want in zip(found, wanted, strict=True)), *[None] * 10
+        return (None,) * len(ctx.needs_input_grad)
+    found = torch.ops.graphfuse.linear_token_losses_backward(*grads, *ctx.saved_tensors, *ctx.options, wanted)
+    given = (grad if want else None for grad, want in zip(found, wanted, strict=True))
+    return *given, *[None] * (len(ctx.needs_input_grad) - len(wanted))
 
 
 def _reject_second_derivative(op: str, wanted: tuple[bool, ...]) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._low_rank import LowRank
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
     ROW_MULTIPLE,
@@ -25,7 +26,7 @@ from graphfuse.kernels._softmax_grad import (
     softmax_grad_reference,
     softmax_grad_triton,
 )
-from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, weight_grad
+from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, power_of_two, weight_grad
 
 # 2048 tokens of 128256 bf16 classes: there an H200 takes 1.09 times the three GEMMs, and larger chunks gain nothing.
 GPU_LOGITS_BYTES = 2**29
@@ -47,16 +48,20 @@ class Head(NamedTuple):
     hidden: Tensor  # (N, H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
+    low_hidden: Tensor | None  # (N, R), with the next the factors of a product that is added
+    low_weight: Tensor | None  # (V, R)
     target: Tensor  # (N,), or NO_TARGET
     class_weight: Tensor | None  # (V,)
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are wanted, in the order in which they are returned."""
 
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+    low_hidden: bool = False
+    low_weight: bool = False
 
 
 class Chunks(NamedTuple):
@@ -126,12 +131,12 @@ def run_chunks(
     grad_dtype: torch.dtype,
     *,
     use_triton: bool,
-) -> tuple[TokenLosses, Tensor, Tensor, Tensor]:
+) -> tuple[TokenLosses, tuple[Tensor, ...]]:
     """Return the tokens' losses, and the gradients, in `grad_dtype`, of their sum times `factors`.
 
-    Without factors all tokens count, and nothing has a gradient.
+    Without factors all tokens count, and nothing has a gradient. Gradients of an fp32 product that is added are fp32.
     """
-    hidden, weight, bias, target, class_weight = head
+    hidden, weight, bias, low_hidden, low_weight, target, class_weight = head
     (all_tokens, features), vocab = hidden.shape, weight.shape[0]
     compute = compute_dtype(hidden.dtype)
     factors = Factors() if factors is None else factors.map(lambda f: f.to(compute).contiguous())
@@ -141,11 +146,11 @@ def run_chunks(
     target = target.contiguous() if kept is None else target[kept.order]
     factors = factors if kept is None else factors.map(lambda f: f[kept.order])
 
-    # fp16 has no room for the 1/count of a mean: its chunks hold gradients of everyday size.
+    # fp16 has no room for the 1/count of a mean: its chunks hold gradients of everyday size, by a power of two.
     late = None
     if any(needs) and hidden.dtype == torch.float16 and all_tokens:
-        late = torch.stack([factor.abs().amax() for factor in factors.given()]).amax()
-        factors = factors.map(lambda f: f / torch.where(late > 0, late, 1))
+        late = power_of_two(torch.stack([factor.abs().amax() for factor in factors.given()]).amax())
+        factors = factors.map(lambda f: f / late)
     on_cpu = hidden.device.type == "cpu"
     itemsize = compute.itemsize if on_cpu else hidden.dtype.itemsize
     # Every output is a tensor of its own, empty ones too: an op must not return the same one twice.
@@ -159,6 +164,8 @@ def run_chunks(
     if isinstance(grad_weight, HalfSum):
         factors = factors.map(grad_weight.scaled)
 
+    low_rank = LowRank(low_hidden, low_weight, hidden.dtype, compute, (needs.low_hidden, needs.low_weight))
+
     tokens = all_tokens if kept is None else kept.count()
     chosen = None if kept is None or tokens == all_tokens else kept.order[:tokens]
     if on_cpu:
@@ -170,10 +177,12 @@ def run_chunks(
     in_half = isinstance(grad_weight, HalfSum)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
-        x = hidden[rows] if chosen is None else hidden[chosen[rows]]
+        places = rows if chosen is None else chosen[rows]
+        x = hidden[places]
         chunk = buffer[: x.shape[0]]
         grad = (chunk.view(torch.float16) if in_half else chunk)[:, :vocab] if any(needs) else None
         logits = _linear_into(chunk[:, :vocab], x, weight, bias)
+        low_rank.add_to(logits, places)
         at_rows = (losses.map(lambda found: found[rows]), factors.map(lambda f: f[rows]))  # noqa: B023 - called now
         softmax_grad(logits, grad, target[rows], class_weight, options, *at_rows)
         if grad is None:
@@ -182,12 +191,13 @@ def run_chunks(
         own = grad_hidden[rows] if needs.hidden and chosen is None else None
         if isinstance(grad_weight, HalfSum):
             grad_weight.add(grad, x, own if chosen is None else x)
-            if needs.hidden or needs.bias:
+            if any(needs._replace(weight=False)):
                 grad = grad_weight.restored(chunk)[:, :vocab]
         elif grad_weight is not None:
             grad_weight.add(grad, x)
         if needs.bias:
             grad_bias += grad.sum(0, dtype=compute)
+        low_rank.add_grads(grad, places)
         if own is not None:
             matmul_into(own, grad, weight)
         elif needs.hidden and chosen is not None:
@@ -200,10 +210,13 @@ def run_chunks(
         if needs.hidden:
             grad_hidden.index_fill_(0, kept.order[tokens:], 0)
     total = hidden.new_empty(0, dtype=grad_dtype) if grad_weight is None else grad_weight.total()
-    grads = [grad_hidden, total, grad_bias]
+    low_grads = [hidden.new_empty(0, dtype=compute) if grad is None else grad for grad in low_rank.grads()]
+    grads = [grad_hidden, total, grad_bias, *low_grads]
     if late is not None:
         grads = [grad.mul_(late) for grad in grads]
-    return losses, grads[0], grads[1].to(grad_dtype), grads[2].to(grad_dtype)
+    low_dtype = grad_dtype if low_hidden is None else torch.promote_types(grad_dtype, low_hidden.dtype)
+    dtypes = [grad_dtype] * 3 + [low_dtype] * 2
+    return losses, tuple(grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True))
 
 
 def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

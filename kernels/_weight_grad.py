@@ -105,8 +105,8 @@ class HalfSum:
         self.sum = torch.empty_like(weight, dtype=torch.float16)
         self.started = False
         # Powers of two cost no bits.
-        self.from_grad = GRAD_TOP / _power_of_two(top)
-        self.from_x = FEATURE_TOP / _power_of_two(torch.linalg.vector_norm(hidden, float("inf"), dim=0).float())
+        self.from_grad = GRAD_TOP / power_of_two(top)
+        self.from_x = FEATURE_TOP / power_of_two(torch.linalg.vector_norm(hidden, float("inf"), dim=0).float())
         self.alpha = SUM_TOP / (GRAD_TOP * FEATURE_TOP * 2.0 ** (hidden.shape[0] - 1).bit_length())
         self.to_sum = 1.0 / (self.alpha * self.from_grad * self.from_x)
 
@@ -138,7 +138,7 @@ class HalfSum:
         return convert_(self.sum, torch.bfloat16, self.to_sum)
 
 
-def _power_of_two(x: Tensor) -> Tensor:
+def power_of_two(x: Tensor) -> Tensor:
     """Return the power of two that is at least `x` and less than 2 x; 1 for 0."""
     mantissa, exponent = torch.frexp(x)
     return torch.where(mantissa == 0, 1.0, torch.ldexp(torch.ones_like(x), exponent))

@@ -50,9 +50,13 @@ def linear_cross_entropy_reference(
     options: LossOptions,
     reduction: str,
     logits_dtype: torch.dtype,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Say what the op computes, in differentiable torch operations on whole logits."""
-    z = torch.nn.functional.linear(hidden, weight, bias).to(logits_dtype) * options.logit_scale
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    if low_rank is not None:
+        z = (z + torch.nn.functional.linear(*low_rank)).to(hidden.dtype)
+    z = z.to(logits_dtype) * options.logit_scale
     if options.softcap:
         z = options.softcap * torch.tanh(z / options.softcap)
     if class_weight is not None:
@@ -88,6 +92,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     compact: bool | None = None,
@@ -110,6 +115,8 @@ def linear_cross_entropy(
         logit_scale: Factor of the logits, before the soft cap.
         softcap: Bound of the logits; `None` or 0 for none.
         z_loss: Factor of the squared log-sum-exp, averaged or summed as the loss is, without class weights.
+        low_rank: (..., R) and (V, R), both of the dtype of `hidden` or both fp32: hidden states and weight of a second
+            product that is added to the first, before the scale. What an adapter (LoRA) on the head is.
         logits_dtype: Dtype of the loss. Default: fp32, fp64 for fp64, whatever the dtype of `hidden` rounds to.
         chunk_size: Tokens whose logits exist at a time; `None` or 0 chooses.
         compact: Leave tokens out that do not count. On CUDA the host waits for the number of those that do, which a
@@ -138,7 +145,7 @@ def linear_cross_entropy(
     if logits_dtype is not None and logits_dtype not in DTYPES:
         raise TypeError(f"logits_dtype: expected fp16, bf16, fp32 or fp64, got {logits_dtype}")
     logits_dtype = logits_dtype or compute_dtype(hidden.dtype)
-    head = _prepare(hidden, weight, target, bias, class_weight, logit_scale, softcap, chunk_size, compact)
+    head = _prepare(hidden, weight, target, bias, low_rank, class_weight, logit_scale, softcap, chunk_size, compact)
 
     target = target.reshape(-1).to(torch.int64)
     counted = target != ignore_index
@@ -178,6 +185,7 @@ def linear_log_probs(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     chunk_size: int | None = None,
     compact: bool | None = None,
 ) -> Tensor:
@@ -194,6 +202,7 @@ def linear_log_probs(
         ignore_index: Tokens of this target are left out: their result and their gradient are 0.
         logit_scale: Factor of the logits, before the soft cap: the inverse of a temperature.
         softcap: Bound of the logits; `None` or 0 for none.
+        low_rank: As in `linear_cross_entropy`.
         chunk_size: Tokens whose logits exist at a time; `None` or 0 chooses.
         compact: As in `linear_cross_entropy`. In backward, tokens whose upstream gradient is 0 are left out too.
 
@@ -210,7 +219,7 @@ def linear_log_probs(
     Numerics: as in `linear_cross_entropy`; backward computes the logits again.
     Source: Liger-Kernel, https://arxiv.org/abs/2410.10989
     """
-    head = _prepare(hidden, weight, target, bias, None, logit_scale, softcap, chunk_size, compact)
+    head = _prepare(hidden, weight, target, bias, low_rank, None, logit_scale, softcap, chunk_size, compact)
     target = target.reshape(-1).to(torch.int64)
     target = torch.where(target != ignore_index, target, NO_TARGET)
     found = head.each(target, None, skip=True, wants=(True, False, False))
@@ -223,15 +232,17 @@ class _Head(NamedTuple):
     hidden: Tensor  # (N, H)
     weight: Tensor
     bias: Tensor | None
+    low_hidden: Tensor | None  # (N, R)
+    low_weight: Tensor | None
     shape: torch.Size  # of the tokens
     options: tuple[float, float, int, bool | None]  # of the schemas
 
     def sum(self, target: Tensor, class_weight: Tensor | None, *factors: Tensor | None) -> Tensor:
         """Return the tokens' losses, weighted and summed."""
-        tensors = (self.hidden, self.weight, self.bias)
+        tensors = self[:5]
         needs = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors]
         loss: Tensor = torch.ops.graphfuse.linear_cross_entropy(
-            *tensors, target, class_weight, *factors, *self.options, *needs
+            *tensors, target, class_weight, *factors, *self.options, needs
         )[0]
         return loss
 
@@ -240,7 +251,7 @@ class _Head(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tokens' losses."""
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.graphfuse.linear_token_losses(
-            self.hidden, self.weight, self.bias, target, class_weight, *self.options, *wants, skip
+            *self[:5], target, class_weight, *self.options, *wants, skip
         )
         return found
 
@@ -262,24 +273,30 @@ def _prepare(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    low_rank: tuple[Tensor, Tensor] | None,
     class_weight: Tensor | None,
     logit_scale: float,
     softcap: float | None,
     chunk_size: int | None,
     compact: bool | None,
 ) -> _Head:
+    low_hidden, low_weight = low_rank or (None, None)
     if _is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        bias, low_hidden, low_weight = (None if t is None else t.to(dtype) for t in (bias, low_hidden, low_weight))
     _check(hidden, weight, target, bias, class_weight)
+    if low_hidden is not None and low_weight is not None:
+        _check_low_rank(low_hidden, low_weight, hidden, weight)
+        low_hidden = low_hidden.reshape(-1, low_hidden.shape[-1])
     if softcap is not None and not 0.0 <= softcap < float("inf"):
         raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
     if chunk_size is not None and chunk_size < 0:
         raise ValueError(f"chunk_size: expected None or a number of tokens, got {chunk_size}")
-    _reject_transforms(hidden, weight, bias)
+    _reject_transforms(hidden, weight, bias, low_hidden, low_weight)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    return _Head(rows, weight, bias, target.shape, (logit_scale, softcap or 0.0, chunk_size or 0, compact))
+    options = (logit_scale, softcap or 0.0, chunk_size or 0, compact)
+    return _Head(rows, weight, bias, low_hidden, low_weight, target.shape, options)
 
 
 def _reject_transforms(*tensors: Tensor | None) -> None:
@@ -319,3 +336,15 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
     for name, vector in (("bias", bias), ("class_weight", class_weight)):
         if vector is not None and vector.shape != weight.shape[:1]:
             raise ValueError(f"{name}: expected shape ({weight.shape[0]},), got {tuple(vector.shape)}")
+
+
+def _check_low_rank(low_hidden: Tensor, low_weight: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    if low_hidden.dtype != low_weight.dtype or low_hidden.dtype not in (hidden.dtype, compute_dtype(hidden.dtype)):
+        dtypes = f"{low_hidden.dtype} and {low_weight.dtype}"
+        raise TypeError(f"low_rank: expected both {hidden.dtype}, the dtype of hidden, or both fp32, got {dtypes}")
+    rank = low_weight.shape[-1] if low_weight.ndim else 0
+    expected = (*hidden.shape[:-1], rank), (weight.shape[0], rank)
+    if (low_hidden.shape, low_weight.shape) != expected:
+        found = f"{tuple(low_hidden.shape)} and {tuple(low_weight.shape)}"
+        tokens = ", ".join(map(str, hidden.shape[:-1]))
+        raise ValueError(f"low_rank: expected shapes ({tokens}, R) and ({weight.shape[0]}, R), got {found}")

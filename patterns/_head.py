@@ -1,8 +1,8 @@
 """What the values behind a matrix product may be, while a head is followed through the shadow.
 
-A product starts as `Rows`: for each token one row of classes. Casts, scales, a soft cap, a choice of rows keep it that;
-a softmax and its logarithm too. What reduces the classes is a number per token (`Tokens`), and every such number that
-losses are made of is a sum of three, with factors:
+A product starts as `Rows`: for each token one row of classes. Casts, scales, a soft cap, a choice of rows, the sum with
+another product keep it that; a softmax and its logarithm too. What reduces the classes is a number per token
+(`Tokens`), and every such number that losses are made of is a sum of three, with factors:
 
     nll    = logsumexp(z) - z[target]
     smooth = sum over the classes of class_weight * (logsumexp(z) - z)
@@ -53,12 +53,24 @@ class Lane:
     index: int
 
 
+class Obstacle(Exception):
+    """Why a head cannot be fused, and what would help."""
+
+    def __init__(self, reason: str, hint: str = "") -> None:
+        super().__init__(reason)
+        self.hint = hint
+
+
+Summands = tuple[tuple[Value, float], ...]  # each with its factor
+
+
 @dataclass(frozen=True)
 class Source:
-    """Which logits, and of which rows of the product."""
+    """Which logits, and of which rows: `softcap(scale * (product + others + biases))`."""
 
     product: Value
-    bias: Value | None = None  # besides the product's own
+    others: Summands = ()  # products of fewer features, as adapters add them
+    biases: Summands = ()
     scale: float = 1.0
     softcap: float = 0.0
     classes: tuple[int, int | None] | None = None  # a slice of them; None: all
@@ -119,9 +131,9 @@ class Tokens:
 
 @dataclass
 class Trail:
-    """Everything that was made of one product."""
+    """Everything that was made of one product, or of several that are added."""
 
-    product: Value
+    products: list[Value]
     rows: dict[Value, Rows] = field(default_factory=dict)
     tokens: dict[Value, Tokens] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ LOSSES = {
 }
 
 
-def formula(terms: Sequence[Term], source: Source, *, has_bias: bool, is_total: bool) -> str:
+def formula(terms: Sequence[Term], source: Source, *, is_total: bool) -> str:
     """What the losses are of the logits z, and what these are of the hidden states h."""
     losses = " + ".join(_loss(term) for term in dict.fromkeys(terms))
     if is_total:
@@ -23,7 +23,11 @@ def formula(terms: Sequence[Term], source: Source, *, has_bias: bool, is_total: 
         is_mean = any(step[0] == "mean" or (step[0] == "nll" and step[2] == "mean") for step in steps)
         losses = f"{'mean' if is_mean else 'sum'}({losses})"
     z = algebra.product(algebra.symbol("h"), algebra.symbol("Wᵀ"))
-    if has_bias:
+    for k, (_, factor) in enumerate(source.others):
+        mark = "₁₂₃₄₅₆₇₈₉"[k % 9]
+        other = algebra.product(algebra.number(factor), algebra.symbol(f"h{mark}"), algebra.symbol(f"W{mark}ᵀ"))
+        z = algebra.total(z, other)
+    if source.biases:
         z = algebra.total(z, algebra.symbol("b"))
     z = algebra.product(algebra.number(source.scale), z)
     if source.softcap:

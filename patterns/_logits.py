@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,17 +45,20 @@ REDUCTIONS = ("none", "mean", "sum")
 def follow(shadow: Shadow) -> list[Trail]:
     """The trails of all products in the shadow, in order."""
     trail_of: dict[Value, Trail] = {}
-    trails = []
+    trails: list[Trail] = []
     for value in shadow.values:
         if value.op in PRODUCTS and (value.op is not aten.bmm.default or value.shape[0] == 1):
-            trail = Trail(value, {value: Rows(Source(value), "logits", len(value.shape) - 1)})
-            trails.append(trail)
-            trail_of[value] = trail
+            trail_of[value] = Trail([value], {value: _product(value)})
+            trails.append(trail_of[value])
+            if value.op is aten.addmm.default:
+                _join(value, [value.args[0], value], trails, trail_of)
             continue
-        operand = next((operand for operand in value.operands() if operand in trail_of), None)
-        if operand is None or (value.op in NLL and value.output):
+        operands = [operand for operand in value.operands() if operand in trail_of]
+        if not operands or (value.op in NLL and value.output):
             continue
-        trail = trail_of[operand]
+        if value.op in ADD | SUB and _join(value, value.args[:2], trails, trail_of):
+            continue
+        operand, trail = operands[0], trail_of[operands[0]]
         if value.op in JOIN:
             state: Rows | Tokens | None = joined(value, trail)
         elif operand in trail.tokens:
@@ -68,6 +72,53 @@ def follow(shadow: Shadow) -> list[Trail]:
         if state is not None:
             trail_of[value] = trail
     return trails
+
+
+def _product(value: Value) -> Rows:
+    biases = ((value.args[0], 1.0),) if value.op is aten.addmm.default else ()
+    return Rows(Source(value, biases=biases), "logits", len(value.shape) - 1)
+
+
+def _join(value: Value, parts: Sequence[Any], trails: list[Trail], trail_of: dict[Value, Trail]) -> bool:
+    """Make one trail of two whose logits the value adds; whether it does just that."""
+    if any(not isinstance(part, Value) or part not in trail_of or part.shape != value.shape for part in parts):
+        return False
+    into, other = (trail_of[part] for part in parts)
+    first, second = (trail_of[part].rows.get(part) for part in parts)
+    alpha = value.kwargs.get("alpha", 1)
+    if into is other or first is None or second is None or not isinstance(alpha, (int, float)) or not alpha:
+        return False
+    if value.op is aten.addmm.default:
+        if value.kwargs:
+            return False
+        second = replace(second, source=replace(second.source, biases=()))
+    state = _added(first, second, -float(alpha) if value.op in SUB else float(alpha))
+    if state is None:
+        return False
+    into.products += other.products
+    into.rows |= {**other.rows, value: state}
+    into.tokens |= other.tokens
+    trail_of.update(dict.fromkeys([*other.rows, *other.tokens, value], into))
+    trails.remove(other)
+    return True
+
+
+def _added(first: Rows, second: Rows, factor: float) -> Rows | None:
+    """`first + factor * second`; the product of most features is the first one then."""
+    a, b = first.source, second.source
+    is_linear = not (a.softcap or b.softcap or a.classes or b.classes or a.lane or b.lane)
+    alike = [
+        replace(rows, source=Source(a.product, choices=rows.source.choices, lead=rows.source.lead))
+        for rows in (first, second)
+    ]
+    if first.kind != "logits" or not is_linear or alike[0] != alike[1]:
+        return None
+    ratio = factor * b.scale / a.scale
+    if b.product.args[-2].shape[-1] > a.product.args[-2].shape[-1]:
+        a, b, ratio = replace(b, scale=factor * b.scale), a, 1.0 / ratio
+    others = (*a.others, (b.product, ratio), *((other, f * ratio) for other, f in b.others))
+    biases = (*a.biases, *((bias, f * ratio) for bias, f in b.biases))
+    return replace(first, source=replace(a, others=others, biases=biases))
 
 
 class _Row:
@@ -209,10 +260,10 @@ class _Row:
         if argument(self.value, 2, "alpha", 1) != 1:
             return None
         if op in ADD and isinstance(other, Value) and self._is_of_classes(other):
-            is_plain = source == Source(source.product, choices=source.choices, lead=source.lead)
-            has_bias = self.trail.product.op is aten.addmm.default
-            is_first = rows.kind == "logits" and is_plain and not has_bias and self.value.shape == self.operand.shape
-            return replace(rows, source=replace(source, bias=other)) if is_first else None
+            is_linear = rows.kind == "logits" and not source.softcap and source.classes is None
+            if not is_linear or self.value.shape != self.operand.shape or other in self.trail:
+                return None
+            return replace(rows, source=replace(source, biases=(*source.biases, (other, 1.0 / source.scale))))
         if op in SUB and other is self.args[1] and rows.kind == "logits":
             keeps = (*self.operand.shape[: rows.dim], 1, *self.operand.shape[rows.dim + 1 :])
             is_lse = self.trail.tokens.get(other) == Tokens((Term("lse", source),)) and other.shape == keeps

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._softmax_grad import NO_TARGET
+from graphfuse.kernels._token_chunks import Needs
 from graphfuse.match import CASTS, IDENTITIES
 from graphfuse.patterns._head import Choice, Step, origin
 from graphfuse.shadow import Shadow, Value
@@ -211,6 +212,15 @@ class _Tokens(NamedTuple):
         return total.unsqueeze(-1) if layout[1] else total
 
 
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor | None:
+    """The columns of all parts in one matrix."""
+    return torch.cat(tuple(parts), 1) if len(parts) > 1 else (*parts, None)[0]
+
+
 def replacement(
     hidden: Tensor,
     weight: Tensor,
@@ -218,7 +228,8 @@ def replacement(
     targets: tuple[Any, ...],
     target_choices: tuple[Choice, ...],
     ignore_index: int | None,
-    bias: int | None,
+    biases: tuple[tuple[int, float], ...],
+    added: tuple[tuple[int, int, bool, float], ...],
     class_weight: int | None,
     transposed: bool,
     classes: tuple[int, int | None] | None,
@@ -228,23 +239,30 @@ def replacement(
     outputs: tuple[tuple[tuple[Term, ...], tuple[str, bool] | None, torch.dtype], ...],
     is_total: bool,
     compute_dtype: torch.dtype,
-    need_hidden_grad: bool,
-    need_weight_grad: bool,
-    need_bias_grad: bool,
+    low_dtype: torch.dtype,
+    needs: tuple[str, ...],
 ) -> tuple[Tensor, ...]:
     """What stands in the place of the region: the rows are chosen on the hidden states.
 
-    Bias and class weight are given by their positions, targets by expressions. An output is its terms, how it is laid
-    out (flat or like the tokens, with a dimension of 1 after them or not; `None`: summed), and its dtype.
+    Biases, the factors of other products, and class weight are given by their positions, targets by expressions; the
+    former with what they are multiplied by. An output is its terms, how it is laid
+    out (flat or like the tokens, with a dimension of 1 after them or not; `None`: summed), and its dtype. `needs` names
+    what gets a gradient.
     """
     inputs = (hidden, weight, *others)
     hidden = choose(hidden, choices, 1)
     layout = hidden.select(-1, 0)
     weight = weight.t() if transposed else weight
-    offset = None if bias is None else inputs[bias].reshape(-1).to(hidden.dtype)
+    offset = None
+    for position, factor in biases:
+        bias = _times(inputs[position].reshape(-1).to(hidden.dtype), factor)
+        offset = bias if offset is None else offset + bias
+    low_hidden = [_times(choose(inputs[h], choices, 1).flatten(0, -2).to(low_dtype), f) for h, _, _, f in added]
+    low_weight = [(inputs[w].t() if is_turned else inputs[w]).to(low_dtype) for _, w, is_turned, _ in added]
     if classes is not None:
         weight = weight[slice(*classes)]
         offset = None if offset is None else offset[slice(*classes)]
+        low_weight = [each[slice(*classes)] for each in low_weight]
     on_class = None if class_weight is None else inputs[class_weight].reshape(-1).to(compute_dtype)
 
     parts = [compute(part, inputs) for part in targets]
@@ -252,7 +270,7 @@ def replacement(
     marked = target if ignore_index is None else torch.where(target != ignore_index, target, NO_TARGET)
     marked = _spread(marked, choose(layout, target_choices, 0), target_choices, NO_TARGET)
     tokens = _Tokens(layout, target, inputs, weight.shape[0])
-    head = (hidden.flatten(0, -2), weight, offset, marked, on_class)
+    head = (hidden.flatten(0, -2), weight, offset, _beside(low_hidden), _beside(low_weight), marked, on_class)
     options = (logit_scale, softcap, 0, None)
 
     if is_total:
@@ -269,9 +287,7 @@ def replacement(
             *head,
             *(factors.get(loss) for loss in LOSSES),
             *options,
-            need_hidden_grad,
-            need_weight_grad,
-            need_bias_grad,
+            [name in needs for name in Needs._fields],
         )[0]
         return ((total if nan_if_none is None else total + nan_if_none).to(dtype),)
 

@@ -4,10 +4,11 @@
     the tokens' losses themselves                   ->   graphfuse::linear_token_losses(hidden, weight, ...)
 
 Anchor: a matrix product whose rows meet a softmax and a target. `_logits.py` follows it forward: over casts, scales, a
-tanh soft-cap, flattening, and choices of rows (the shift of a language model by slicing), to numbers per token. If all
-of them end in one scalar that is linear in them (cross-entropy with label smoothing, masked or weighted means, a z-loss
-beside it), that is the output, and what each token is multiplied by is worked out before the op. Otherwise the outputs
-are the numbers per token (log-probabilities for a policy gradient), and what follows stays in the graph.
+tanh soft-cap, the sum with other products (an adapter on the head), flattening, and choices of rows (the shift of a
+language model by slicing), to numbers per token. If all of them end in one scalar that is linear in them (cross-entropy
+with label smoothing, masked or weighted means, a z-loss beside it), that is the output, and what each token is
+multiplied by is worked out before the op. Otherwise the outputs are the numbers per token (log-probabilities for a
+policy gradient), and what follows stays in the graph.
 
 Left alone: logits that something else reads as well; they would have to be computed twice.
 """
@@ -22,21 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.evaluate import roots
 from graphfuse.kernels import linear_cross_entropy as _  # noqa: F401  (registers the ops)
 from graphfuse.match import CASTS, IDENTITIES, Match, Pattern, Refusal, Sampler, short
 from graphfuse.patterns._head import (
     RESHAPES,
     TRANSPOSES,
     Choice,
+    Obstacle,
     Source,
     Term,
     Tokens,
     Trail,
-    keeps_order,
-    permutation,
-    same_place,
+    size,
 )
 from graphfuse.patterns._head_formula import formula
+from graphfuse.patterns._head_operands import Summand, common_dtype, summands
 from graphfuse.patterns._logits import NLL, follow
 from graphfuse.patterns._token_program import Inputs, NotExpressible, replacement
 from graphfuse.shadow import LEAF, Shadow, Value
@@ -46,16 +48,8 @@ aten = torch.ops.aten
 NAME = "linear_cross_entropy"
 COVERS = {NAME: 1}
 ALONE = "compute what else needs the logits outside the compiled model, or from the hidden states"
-ONE_PRODUCT = "make the logits by one matrix product, and then do no more than cast, scale, soft-cap and slice them"
+PRODUCTS_ONLY = "make the logits by matrix products, and then do no more than add, cast, scale, soft-cap and slice them"
 ONE_GRAPH = "compute logits and loss in one graph: TORCH_LOGS=graph_breaks says what separates them"
-
-
-class _Obstacle(Exception):
-    """Why the head cannot be fused, and what would help."""
-
-    def __init__(self, reason: str, hint: str = "") -> None:
-        super().__init__(reason)
-        self.hint = hint
 
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
@@ -65,13 +59,13 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         if (anchor := trail.anchor) is not None:
             try:
                 yield _match(trail, shadow)
-            except (_Obstacle, NotExpressible) as obstacle:
+            except (Obstacle, NotExpressible) as obstacle:
                 yield Refusal(NAME, anchor, str(obstacle), COVERS, getattr(obstacle, "hint", ""))
     for value in shadow.values:
         if value.op in NLL and not value.output and not any(value in trail for trail in trails):
             reason = _what_lies_between(value, trails)
             if reason is not None:
-                yield Refusal(NAME, value, reason, COVERS, ONE_GRAPH if "same graph" in reason else ONE_PRODUCT)
+                yield Refusal(NAME, value, reason, COVERS, ONE_GRAPH if "same graph" in reason else PRODUCTS_ONLY)
 
 
 def _match(trail: Trail, shadow: Shadow) -> Match:
@@ -80,8 +74,9 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
     outputs = [total] if total is not None else _frontier(trail, shadow)
     terms = [term for output in outputs for term in trail.tokens[output].terms]
     source, choices = _common_source(terms)
-    hidden, weight, bias, is_transposed = _operands(trail.product, source)
-    vocabulary, lead = trail.product.shape[-1], hidden.shape[:-1]
+    linear, *others = summands(source, shadow)
+    hidden, weight, vocabulary = linear.hidden, linear.weight, source.product.shape[-1]
+    lead = hidden.shape[:-1]
 
     with_target = [term for term in terms if term.targets]
     targets, more = _one(
@@ -108,12 +103,23 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
             for term in tokens.terms
         ]
         described.append((tuple(programs), _dimensions(output, tokens, lead), output.dtype))
+    samplers = _samplers(len(inputs.values), of_targets, vocabulary, ignore_index)
+    for other in others:
+        samplers |= {inputs.add(other.hidden): _normal, inputs.add(other.weight): _small}
     positions = {
-        "bias": None if bias is None else inputs.add(bias),
+        "biases": tuple((inputs.add(bias), factor) for bias, factor in source.biases),
+        "added": tuple((inputs.add(o.hidden), inputs.add(o.weight), o.is_transposed, o.factor) for o in others),
         "class_weight": None if class_weight is None else inputs.add(class_weight),
     }
     grad_mode = outputs[0].grad_mode
-    needs = [bool(grad_mode and v is not None and v.tensor.requires_grad) for v in (hidden, weight, bias)]
+    operands = {
+        "hidden": [hidden],
+        "weight": [weight],
+        "bias": [each[0] for each in source.biases],
+        "low_hidden": [other.hidden for other in others],
+        "low_weight": [other.weight for other in others],
+    }
+    needs = tuple(name for name, vs in operands.items() if grad_mode and any(v.tensor.requires_grad for v in vs))
     return Match(
         pattern=NAME,
         outputs=tuple(outputs),
@@ -124,7 +130,7 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
             "targets": target_expressions,
             "target_choices": more,
             "ignore_index": ignore_index,
-            "transposed": not is_transposed,
+            "transposed": linear.is_transposed,
             "classes": source.classes,
             "choices": choices,
             "logit_scale": source.scale,
@@ -132,16 +138,15 @@ def _match(trail: Trail, shadow: Shadow) -> Match:
             "outputs": tuple(described),
             "is_total": total is not None,
             "compute_dtype": torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-            "need_hidden_grad": needs[0],
-            "need_weight_grad": needs[1],
-            "need_bias_grad": needs[2],
+            "low_dtype": common_dtype([linear, *others]),
+            "needs": needs,
         },
-        variant=", ".join([*_words(terms, source, bias, is_total=total is not None), short(hidden.dtype)]),
+        variant=", ".join([*_words(terms, source, is_total=total is not None), short(hidden.dtype)]),
         covers=COVERS,
-        samplers=_samplers(len(inputs.values), of_targets, vocabulary, ignore_index),
-        scalable=_scalable(trail, terms, hidden),
-        formula=formula(terms, source, has_bias=bias is not None, is_total=total is not None),
-        rounding=f"logits rounded to {short(trail.product.dtype)}, softmax and losses in float32",
+        samplers={**dict.fromkeys(range(2, len(inputs.values)), _positive), **samplers},
+        scalable=_scalable(trail, terms, source, [linear, *others]),
+        formula=formula(terms, source, is_total=total is not None),
+        rounding=f"logits rounded to {short(source.product.dtype)}, softmax and losses in float32",
         frees="logits",
     )
 
@@ -150,10 +155,10 @@ def _check_private(trail: Trail, shadow: Shadow) -> None:
     """Nobody else may read the logits, or anything made of them on the way to the loss."""
     for value in trail.rows:
         if value in shadow.escaping:
-            raise _Obstacle("logits: expected no use besides the loss, got an output of the graph", ALONE)
+            raise Obstacle("logits: expected no use besides the loss, got an output of the graph", ALONE)
         for user in value.users:
             if user not in trail and not (user.op in NLL and user.output):
-                raise _Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}", ALONE)
+                raise Obstacle(f"logits: expected no use besides the loss, got {user.op} in {user.node.name}", ALONE)
 
 
 def _total(trail: Trail, shadow: Shadow) -> Value | None:
@@ -183,10 +188,10 @@ def _frontier(trail: Trail, shadow: Shadow) -> list[Value]:
     for value in early:
         if value in shadow.escaping or any(user not in early and user not in trail.rows for user in value.users):
             if value not in shadow.node_of:
-                raise _Obstacle(f"output: expected the result of a graph node, got a value inside {value.node.name}")
+                raise Obstacle(f"output: expected the result of a graph node, got a value inside {value.node.name}")
             found.append(value)
     if not found:
-        raise _Obstacle("loss: expected to be used, got no use")
+        raise Obstacle("loss: expected to be used, got no use")
     return found
 
 
@@ -196,12 +201,12 @@ def _common_source(terms: Sequence[Term]) -> tuple[Source, tuple[Choice, ...]]:
     plain = [replace(source, choices=(), lead=None) for source in sources]
     leads = {source.lead for source in sources if source.lead is not None}
     if any(source != plain[0] for source in plain) or len(leads) > 1:
-        raise _Obstacle("logits: expected the same scale, soft-cap and classes for all losses, got others")
+        raise Obstacle("logits: expected the same scale, soft-cap and classes for all losses, got others")
     shared = 0
     while all(len(s.choices) > shared and s.choices[shared] == sources[0].choices[shared] for s in sources):
         shared += 1
     if any(choice[0] != "slice" for source in sources for choice in source.choices[shared:]):
-        raise _Obstacle("logits: expected the same tokens for all losses, or slices of them, got others")
+        raise Obstacle("logits: expected the same tokens for all losses, or slices of them, got others")
     return replace(plain[0], lead=leads.pop() if leads else None), sources[0].choices[:shared]
 
 
@@ -213,61 +218,6 @@ def _without_lane(source: Source) -> Source:
     choice = ("select", len(lead) - 1, source.lane.index)
     lead = lead if source.lead is None else source.lead
     return replace(source, lane=None, choices=(*source.choices, choice), lead=lead)
-
-
-def _operands(product: Value, source: Source) -> tuple[Value, Value, Value | None, bool]:
-    """Hidden states, weight and bias; and whether the weight has one row for each class."""
-    bias, left, right = product.args[:3] if product.op is aten.addmm.default else (source.bias, *product.args[:2])
-    vocabulary = right.shape[-1]
-    hidden = [value for value in _before_flattening(left) if source.lead in (None, value.shape[:-1])]
-    if not hidden:
-        raise _Obstacle(f"logits: expected the leading sizes of the hidden states, got {source.lead}")
-    if bias is not None and (bias.shape[-1:] != (vocabulary,) or math.prod(bias.shape) != vocabulary):
-        raise _Obstacle(f"bias: expected shape ({vocabulary},), got {bias.shape}")
-    weight, is_transposed = _matrix(right)
-    return hidden[-1], weight, bias, is_transposed
-
-
-def _before_flattening(value: Value) -> list[Value]:
-    """The hidden states, and what they were flattened from: the features last, the tokens in the same order."""
-    found, dim = [value], len(value.shape) - 1
-    while value.op in RESHAPES | IDENTITIES | TRANSPOSES:
-        below = value.args[0]
-        if value.op in RESHAPES:
-            place = same_place(value.shape, dim, below.shape)
-            if place is None:
-                break
-            dim = place
-        elif value.op in TRANSPOSES:
-            order = permutation(value)
-            if not keeps_order(order, order[dim], below.shape):
-                break
-            dim = order[dim]
-        value = below
-        if dim == len(value.shape) - 1:
-            found.append(value)
-    return found
-
-
-def _matrix(value: Value) -> tuple[Value, bool]:
-    """The matrix that the value is, or is the transpose of: which of both. Dimensions of size 1 do not matter."""
-    found: tuple[Value, bool] | None = None
-    is_transposed = False
-    while True:
-        if len(value.shape) == 2:
-            found = (value, is_transposed)
-        if value.op in TRANSPOSES:
-            order = [d for d in permutation(value) if value.args[0].shape[d] != 1]
-            is_transposed ^= order != sorted(order)
-        elif value.op in RESHAPES:
-            if [s for s in value.shape if s != 1] != [s for s in value.args[0].shape if s != 1]:
-                break
-        elif value.op not in IDENTITIES:
-            break
-        value = value.args[0]
-    if found is None:
-        raise _Obstacle(f"weight: expected a matrix, got {value.shape}")
-    return found
 
 
 def _dimensions(output: Value, tokens: Tokens, lead: tuple[int, ...]) -> tuple[str, bool] | None:
@@ -283,7 +233,7 @@ def _dimensions(output: Value, tokens: Tokens, lead: tuple[int, ...]) -> tuple[s
         (*flat, 1): ("flat", True),
     }
     if tokens.is_summed is not (output.shape == ()) or output.shape not in shapes:
-        raise _Obstacle(f"output: expected the shape of the tokens, {lead}, got {output.shape}")
+        raise Obstacle(f"output: expected the shape of the tokens, {lead}, got {output.shape}")
     return shapes[output.shape]
 
 
@@ -300,18 +250,20 @@ def _chosen(lead: tuple[int, ...], choice: Choice) -> tuple[int, ...]:
 
 def _one(what: str, found: Sequence[Any]) -> Any:
     if any(other != found[0] for other in found):
-        raise _Obstacle(f"{what}: expected one for all losses of the logits, got several")
+        raise Obstacle(f"{what}: expected one for all losses of the logits, got several")
     return found[0]
 
 
-def _words(terms: Sequence[Term], source: Source, bias: Value | None, *, is_total: bool) -> Iterator[str]:
+def _words(terms: Sequence[Term], source: Source, *, is_total: bool) -> Iterator[str]:
     """What kind of head this is, for people."""
     steps = [step for term in terms for step in term.program]
     is_mean = any(step[0] == "mean" or (step[0] == "nll" and step[2] == "mean") for step in steps)
     yield ("mean" if is_mean else "sum") if is_total else "per token"
     yield from (word for loss, word in (("smooth", "label smoothing"), ("square", "z-loss")) if _has(terms, loss))
     yield from (word for is_it, word in ((source.softcap, "soft-cap"), (source.scale != 1.0, "scaled")) if is_it)
-    if bias is not None:
+    if source.others:
+        yield f"sum of {1 + len(source.others)} products"
+    if source.biases:
         yield "bias"
 
 
@@ -335,16 +287,19 @@ def _what_lies_between(value: Value, trails: Sequence[Trail]) -> str | None:
     return "logits: expected a matrix product in the same graph, got an input of the graph"
 
 
-def _scalable(trail: Trail, terms: Sequence[Term], hidden: Value) -> frozenset[int]:
+def _scalable(trail: Trail, terms: Sequence[Term], source: Source, summands: Sequence[Summand]) -> frozenset[int]:
     """The sizes that nothing in the region is tied to by a literal number, or by how it is cut."""
-    sizes = {hidden.shape[-1]}
+    hidden = summands[0].hidden
+    sizes = {summand.hidden.shape[-1] for summand in summands}
     is_counted = any(value.op is aten.index.Tensor for value in trail.tokens)  # by arange(tokens)
     if not is_counted and not any(_without_lane(term.source).choices for term in terms):
         sizes |= {*hidden.shape[:-1], math.prod(hidden.shape[:-1])}
     is_one_hot = any(rows.picked is not None for rows in trail.rows.values())  # by arange(classes)
     if not is_one_hot and all(term.source.classes is None for term in terms):
-        sizes.add(trail.product.shape[-1])
-    return frozenset(sizes)
+        sizes.add(source.product.shape[-1])
+    # Of a weight that is some columns of another, both have the sizes that they have.
+    parts = [s for s in summands if size(roots(s.weight)[-1]) != size(s.weight)]
+    return frozenset(sizes) - {n for s in parts for n in (s.hidden.shape[-1], roots(s.weight)[-1].shape[-1])}
 
 
 def _samplers(inputs: int, targets: Iterable[int], vocabulary: int, ignore_index: int | None) -> dict[int, Sampler]:

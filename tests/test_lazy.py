@@ -354,7 +354,7 @@ def test_frees_the_memory_of_the_logits():
     _, compiled = pair()
     logits = compiled(torch.randint(V, (B, S)))
     assert logits.source.own is None
-    assert logits.source.formula.hidden.shape == (B, S, H)
+    assert logits.source.formula.tensors[0].shape == (B, S, H)
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="see graphfuse.breaks")

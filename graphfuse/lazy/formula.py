@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,62 +14,149 @@ Age = tuple[int | None, int] | None  # version and address; writes through `.dat
 Step = tuple[str, Any]  # ("mul" | "div", number), ("tanh", None), ("to", dtype), ("apply", function of whole rows)
 
 
-@dataclass(frozen=True)
-class Formula:
-    """What logits are made from: `steps(hidden @ weight.T + bias)`.
+Choice = tuple[Any, ...]  # ("select", dimension, index) | ("slice", dimension, start, end), not of the last dimension
 
-    Attributes:
-        hidden: (*rows, H).
-        weight: (V, H).
-        bias: (V), or `None`.
-        product_dtype: dtype in which the product runs; autocast may not be on any more when it does.
-        steps: what follows the product, in order.
-        ages: of the three tensors, at the time when the model ran.
+
+class Stack(NamedTuple):
+    """How the outputs of several linear layers stand in one tensor."""
+
+    dim: int
+    flat: int  # how many leading dimensions are flattened then; 0: none
+
+    def of(self, *parts: Tensor) -> Tensor:
+        """Stack them."""
+        stacked = torch.stack(parts, self.dim)
+        return stacked.flatten(0, self.flat - 1) if self.flat else stacked
+
+
+class Part(NamedTuple):
+    """One of the tensors that a formula joins: the output of a linear layer, or rows that are given.
+
+    Its tensors are `hidden` (*rows, H), `weight` (V, H) and maybe `bias` (V), or the rows alone, (*rows, V or 1).
     """
 
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    product_dtype: torch.dtype
+    dtype: (
+        torch.dtype | None
+    )  # in which the product runs; autocast may not be on any more when it does; None: no product
+    has_bias: bool = False
+    steps: tuple[Step, ...] = ()  # what follows the product
+
+    @property
+    def arity(self) -> int:
+        """How many tensors it is made from."""
+        return 1 if self.dtype is None else 2 + self.has_bias
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What logits are made from: `steps(hidden @ weight.T + bias)`, or a sum of such products.
+
+    Attributes:
+        tensors: those of all parts, one after the other; the first of each part has the rows of the logits.
+        parts: how they are used; the first is a linear layer.
+        steps: what follows, in order.
+        ages: of the tensors, at the time when the model ran.
+        join: what makes one tensor of those of the parts; `None`: their sum.
+        is_whole: whether the join lays rows out anew, so that they cannot be chosen, or computed a chunk at a time.
+    """
+
+    tensors: tuple[Tensor, ...]
+    parts: tuple[Part, ...]
     steps: tuple[Step, ...]
     ages: tuple[Age, ...]
+    join: Callable[..., Tensor] | None = None
+    is_whole: bool = False
 
     @classmethod
     def of(
         cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        product_dtype: torch.dtype,
+        tensors: Sequence[Tensor],
+        parts: Sequence[Part],
         steps: Sequence[Step],
+        stack: Stack | None = None,
     ) -> Formula:
         """Note how old the tensors are."""
-        ages = tuple(_age(t) for t in (hidden, weight, bias))
-        return cls(hidden, weight, bias, product_dtype, tuple(steps), ages)
+        ages = tuple(map(_age, tensors))
+        join = None if stack is None else stack.of
+        return cls(tuple(tensors), tuple(parts), tuple(steps), ages, join, is_whole=stack is not None)
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the logits."""
-        casts = [value for name, value in self.steps if name == "to"]
-        return casts[-1] if casts else self.product_dtype
+        dtype = self.tensors[0].dtype
+        for k, part in enumerate(self.parts):
+            one = _dtype_after(part.steps, part.dtype or self.tensors[self._starts()[k]].dtype)
+            dtype = torch.promote_types(dtype, one) if k else one
+        return _dtype_after(self.steps, dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the logits."""
+        return self.tensors[0].device
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the logits, (*rows, V)."""
-        return (*self.hidden.shape[:-1], self.weight.shape[0])
+        return (*self.tensors[0].shape[:-1], self.tensors[1].shape[0])
+
+    def like(self) -> Tensor:
+        """Return a tensor of the shape of the logits, without memory."""
+        if not self.is_whole:
+            return torch.empty(self.shape, device="meta")
+        shapes = [(*hidden.shape[:-1], weight.shape[0]) for hidden, weight, _ in self.products()]
+        return self.joined(*(torch.empty(shape, device="meta") for shape in shapes))
+
+    def products(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Hidden states, weight and bias of each linear layer."""
+        for start, part in zip(self._starts(), self.parts, strict=True):
+            if part.dtype is not None:
+                yield self.tensors[start], self.tensors[start + 1], self.tensors[start + 2] if part.has_bias else None
 
     def detach(self) -> Formula:
         """The same without autograd history."""
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+        return replace(self, tensors=tuple(tensor.detach() for tensor in self.tensors))
 
-    def of_rows(self, hidden: Tensor) -> Formula:
-        """The same for other rows."""
-        return replace(self, hidden=hidden, ages=(_age(hidden), *self.ages[1:]))
+    def of_rows(self, change: Callable[[Tensor], Tensor]) -> Formula:
+        """The same for other rows: what `change` makes of those of the parts."""
+        tensors, ages = list(self.tensors), list(self.ages)
+        for start in self._starts():
+            tensors[start] = change(tensors[start])
+            ages[start] = _age(tensors[start])
+        return replace(self, tensors=tuple(tensors), ages=tuple(ages))
 
     def then(self, *steps: Step) -> Formula:
         """The same, with more steps."""
         return replace(self, steps=(*self.steps, *steps))
+
+    def with_other(self, other: Formula, function: Callable[[Tensor, Tensor], Tensor]) -> Formula:
+        """`function` of the logits of both, of the same rows."""
+        mine, theirs, first = self.after(), other.after(), len(self.parts)
+        if _same(self.tensors, other.tensors) and (self.parts, self.join) == (other.parts, other.join):
+
+            def once(*parts: Tensor) -> Tensor:
+                joined = self.joined(*parts)
+                return function(apply_steps(joined, self.steps), apply_steps(joined, other.steps))
+
+            return replace(self, steps=(), join=once)
+
+        def both(*parts: Tensor) -> Tensor:
+            return function(mine(*parts[:first]), theirs(*parts[first:]))
+
+        tensors, ages = (*self.tensors, *other.tensors), (*self.ages, *other.ages)
+        return Formula(tensors, (*self.parts, *other.parts), (), ages, both)
+
+    def joined(self, *parts: Tensor) -> Tensor:
+        """One tensor of those of the parts."""
+        if self.join is not None:
+            return self.join(*parts)
+        first, *others = parts
+        for other in others:
+            first = first + other
+        return first
+
+    def after(self) -> Callable[..., Tensor]:
+        """What makes the logits of the tensors of the parts."""
+        return lambda *parts: apply_steps(self.joined(*parts), self.steps)
 
     def check_fresh(self) -> None:
         """Refuse to compute from tensors that are no longer what they were.
@@ -77,43 +164,65 @@ class Formula:
         Raises:
             RuntimeError: one of them was changed in place since, or freed.
         """
-        tensors = (self.hidden, self.weight, self.bias)
-        if any(t is not None and t.numel() and not t.untyped_storage().nbytes() for t in tensors):
+        if any(t.numel() and not t.untyped_storage().nbytes() for t in self.tensors):
             raise RuntimeError(
                 "logits: expected to be read while the weights of the head are there, got freed memory "
                 "(FSDP reshards after forward); read them earlier, or compile with lazy_logits=False"
             )
-        if tuple(_age(t) for t in tensors) != self.ages:
+        if tuple(map(_age, self.tensors)) != self.ages:
             raise RuntimeError(
-                "logits: expected to be read before the weights of the head change, got an in-place change since "
-                "(an optimizer step?); read them earlier, or compile with lazy_logits=False"
+                "logits: expected to be read before the weights of the head change, got an in-place change since, "
+                "of them or what they met (an optimizer step?); read them earlier, or compile with lazy_logits=False"
             )
 
     def compute(self) -> Tensor:
         """The logits, differentiably."""
         self.check_fresh()
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            return apply_formula(
-                self.hidden, self.weight, self.bias, product_dtype=self.product_dtype, steps=self.steps
-            )
+        return self.of_tensors(*self.tensors)
+
+    def of_tensors(self, *tensors: Tensor) -> Tensor:
+        """The logits of other tensors, such as some of the rows."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.after()(*_outputs(tensors, self.parts))
+
+    def _starts(self) -> list[int]:
+        """Where the tensors of each part begin."""
+        counts = [part.arity for part in self.parts]
+        return [sum(counts[:k]) for k in range(len(counts))]
 
 
 def apply_formula(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    product_dtype: torch.dtype,
+    *tensors: Tensor,
+    parts: Sequence[Part],
     steps: Sequence[Step],
+    choices: Sequence[Choice] = (),
+    stack: Stack | None = None,
 ) -> Tensor:
-    """Compute logits: a linear layer, then `steps` in the order and dtypes of the model."""
-    bias = None if bias is None else bias.to(product_dtype)
-    result = functional.linear(hidden.to(product_dtype), weight.to(product_dtype), bias)
-    return apply_steps(result, steps)
+    """Compute logits, or some rows: the sum or a stack of linear layers, then `steps`, in the dtypes of the model."""
+    formula = Formula.of(tensors, parts, steps, stack).of_rows(lambda rows: choose(rows, choices))
+    return formula.after()(*_outputs(formula.tensors, formula.parts))
+
+
+def choose(rows: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Some rows, by their leading dimensions."""
+    for name, dim, *where in choices:
+        rows = rows.select(dim, where[0]) if name == "select" else rows[(slice(None),) * dim + (slice(*where),)]
+    return rows
+
+
+def _outputs(tensors: Sequence[Tensor], parts: Sequence[Part]) -> Iterator[Tensor]:
+    rest = iter(tensors)
+    for part in parts:
+        result = next(rest)
+        if part.dtype is not None:
+            weight = next(rest).to(part.dtype)
+            bias = next(rest).to(part.dtype) if part.has_bias else None
+            result = functional.linear(result.to(part.dtype), weight, bias)
+        yield apply_steps(result, part.steps)
 
 
 def apply_steps(result: Tensor, steps: Sequence[Step]) -> Tensor:
-    """What follows the product."""
+    """What follows a product."""
     for name, value in steps:
         if name == "mul":
             result = result * value
@@ -133,5 +242,18 @@ def version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _age(tensor: Tensor | None) -> Age:
-    return None if tensor is None else (version(tensor), tensor.data_ptr())
+def _dtype_after(steps: Sequence[Step], dtype: torch.dtype) -> torch.dtype:
+    return next((value for name, value in reversed(steps) if name == "to"), dtype)
+
+
+def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(
+        a is b
+        or (a.data_ptr(), a.shape, a.stride(), a.dtype, a.requires_grad)
+        == (b.data_ptr(), b.shape, b.stride(), b.dtype, b.requires_grad)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+def _age(tensor: Tensor) -> Age:
+    return version(tensor), tensor.data_ptr()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.lazy.formula import Formula, Step, apply_steps
+from graphfuse.lazy.formula import Step, apply_steps
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
 
@@ -23,15 +23,15 @@ _NEW = "new_empty new_zeros new_ones new_full new_tensor"
 # ------------------------------------------------------------------------------------------- stays lazy: choice of rows
 
 
-def _stand_in(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and strides, without memory."""
+def stand_in(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and strides, without memory."""
     return torch.empty_strided(tensor.shape, tensor.stride(), device="meta")
 
 
-def _made(tensor: LazyLogits, func: Function, like: Tensor, hidden: Tensor, *, shares: bool) -> LazyLogits:
+def _made(tensor: LazyLogits, func: Function, like: Tensor, rows: Function, *, shares: bool) -> LazyLogits:
     formula = live_formula(tensor)
     assert formula is not None
-    source = Source(formula.of_rows(hidden), None, tensor.source, func, shares=shares)
+    source = Source(formula.of_rows(rows), None, tensor.source, func, shares=shares)
     return lazy(source, like)
 
 
@@ -44,15 +44,18 @@ def _reshapes(func: Any) -> Function:
             return NotImplemented
         if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):  # other numbers of the same bits
             return NotImplemented
-        before = _stand_in(tensor)
+        before = stand_in(tensor)
         after = func(before, *args, **kwargs)
         if after is before:
             return tensor
         if after.dim() == 0 or after.shape[-1] != tensor.shape[-1]:
             return NotImplemented
-        hidden = formula.hidden.reshape(*after.shape[:-1], formula.hidden.shape[-1])
         shares = after.untyped_storage()._cdata == before.untyped_storage()._cdata
-        return _made(tensor, lambda v: func(v, *args, **kwargs), after, hidden, shares=shares)
+
+        def rows(hidden: Tensor) -> Tensor:
+            return hidden.reshape(*after.shape[:-1], hidden.shape[-1])
+
+        return _made(tensor, lambda v: func(v, *args, **kwargs), after, rows, shares=shares)
 
     return run
 
@@ -71,16 +74,16 @@ def _chooses(func: Any, dim_at: int, *, copies: bool = False) -> Function:
             args = (*args[:dim_at], dim % tensor.dim(), *args[dim_at + 1 :])
         else:
             kwargs["dim"] = dim % tensor.dim()
-        hidden = func(formula.hidden, *args, **kwargs)
-        if isinstance(hidden, Tensor):
-            like = torch.empty((*hidden.shape[:-1], tensor.shape[-1]), device="meta")
-            like = like if copies else func(_stand_in(tensor), *args, **kwargs)
-            return _made(tensor, lambda v: func(v, *args, **kwargs), like, hidden, shares=not copies)
-        likes = func(_stand_in(tensor), *args, **kwargs)
-        return tuple(
-            _made(tensor, lambda v, k=k: func(v, *args, **kwargs)[k], like, rows, shares=True)
-            for k, (like, rows) in enumerate(zip(likes, hidden, strict=True))
-        )
+
+        def choose(values: Tensor) -> Any:
+            return func(values, *args, **kwargs)
+
+        likes = choose(stand_in(tensor))
+        if isinstance(likes, Tensor):
+            likes = torch.empty(likes.shape, device="meta") if copies else likes
+            return _made(tensor, choose, likes, choose, shares=not copies)
+        take = [lambda values, k=k: choose(values)[k] for k in range(len(likes))]
+        return tuple(_made(tensor, one, like, one, shares=True) for one, like in zip(take, likes, strict=True))
 
     return run
 
@@ -106,16 +109,33 @@ def _item(tensor: Any, index: Any) -> Any:
     parts = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(part, (list, bool)) for part in parts):
         return NotImplemented
+    if len(parts) == tensor.dim() > 1 and all(isinstance(p, Tensor) and not _is_mask(p) for p in parts):
+        return _entries(tensor, parts)
     free = tensor.dim() - sum(_dimensions(part) for part in parts)
     at = next((k for k, part in enumerate(parts) if part is Ellipsis), len(parts))
     parts = [*parts[:at], *[slice(None)] * free, *parts[at + 1 :]]
     if free < 0 or not isinstance(parts[-1], slice) or parts[-1].indices(tensor.shape[-1]) != (0, tensor.shape[-1], 1):
         return NotImplemented
     where = (*parts[:-1], slice(None))
-    hidden = formula.hidden[where]
+
+    def choose(values: Tensor) -> Tensor:
+        return values[where]
+
     copies = any(isinstance(part, Tensor) for part in parts)
-    like = torch.empty((*hidden.shape[:-1], tensor.shape[-1]), device="meta") if copies else _stand_in(tensor)[where]
-    return _made(tensor, lambda v: v[where], like, hidden, shares=not copies)
+    if copies:
+        like = torch.empty((*formula.tensors[0][where].shape[:-1], tensor.shape[-1]), device="meta")
+    else:
+        like = choose(stand_in(tensor))
+    return _made(tensor, choose, like, choose, shares=not copies)
+
+
+def _entries(tensor: Any, indices: list[Any]) -> Any:
+    """One entry for each number of a row and of a class, `logits[arange, target]`."""
+    *lead, last = torch.broadcast_tensors(*(index.to(torch.int64) for index in indices))
+    rows = _item(tensor, tuple(lead))
+    last = torch.where(last < 0, last + tensor.shape[-1], last)
+    found = NotImplemented if rows is NotImplemented else FUNCTIONS[torch.gather](rows, -1, last.unsqueeze(-1))
+    return found if found is NotImplemented else found.squeeze(-1)
 
 
 def _dimensions(part: Any) -> int:
@@ -138,12 +158,12 @@ def _permutes(func: Any) -> Function:
         # Sizes that tell the dimensions apart.
         numbered = func(torch.empty(tuple(range(1, rank + 1)), device="meta"), *args, **kwargs)
         move = tuple(size - 1 for size in numbered.shape)
-        like = func(_stand_in(tensor), *args, **kwargs)
+        like = func(stand_in(tensor), *args, **kwargs)
         before = tensor.source.order or tuple(range(rank))
         order = tuple(before[d] for d in move)
         make = functools.partial(Tensor.permute, dims=move)
         if order[-1] == rank - 1:  # the vocabulary is last again: rows in another order
-            rows = formula.of_rows(formula.hidden.permute(order))
+            rows = formula.of_rows(lambda hidden: hidden.permute(order))
             return lazy(Source(rows, None, tensor.source, make, shares=True), like)
         return lazy(Source(formula, order, tensor.source, make, shares=True), like)
 
@@ -157,18 +177,18 @@ for _name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveax
 # --------------------------------------------------------------------------------- stays lazy: dtype, scale, softmax
 
 
-def _stepped(tensor: LazyLogits, *steps: Step) -> LazyLogits:
+def stepped(tensor: LazyLogits, *steps: Step) -> LazyLogits:
     """The lazy result of a function of each row."""
-    formula = live_formula(tensor)
+    formula = live_formula(tensor, whole=True)
     assert formula is not None
     source = Source(formula.then(*steps), tensor.source.order, tensor.source, lambda v: apply_steps(v, steps))
-    return lazy(source, _stand_in(tensor))
+    return lazy(source, stand_in(tensor))
 
 
 def _cast(tensor: Any, dtype: Any) -> Any:
-    if live_formula(tensor) is None or not dtype.is_floating_point:
+    if live_formula(tensor, whole=True) is None or not dtype.is_floating_point:
         return NotImplemented
-    return tensor if dtype == tensor.dtype else _stepped(tensor, ("to", dtype))
+    return tensor if dtype == tensor.dtype else stepped(tensor, ("to", dtype))
 
 
 for _name, _dtype in {
@@ -192,73 +212,32 @@ def _type_as(tensor: Any, other: Tensor) -> Any:
 @handles("to")
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
     device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
-    if live_formula(tensor) is None or memory_format is not None or (device is not None and device != tensor.device):
+    if (
+        live_formula(tensor, whole=True) is None
+        or memory_format is not None
+        or (device is not None and device != tensor.device)
+    ):
         return NotImplemented
     wanted = tensor.dtype if dtype is None else dtype
     if wanted == tensor.dtype and kwargs.get("copy"):
-        return _stepped(tensor)
+        return stepped(tensor)
     return _cast(tensor, wanted)
 
 
 @handles("clone")
 def _clone(tensor: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     preserved = memory_format in (torch.preserve_format, torch.contiguous_format)
-    if live_formula(tensor) is None or not preserved or not tensor.is_contiguous():
+    if live_formula(tensor, whole=True) is None or not preserved or not tensor.is_contiguous():
         return NotImplemented
-    return _stepped(tensor)
+    return stepped(tensor)
 
 
 @handles("detach")
 def _detach(tensor: Any) -> Any:
-    if live_formula(tensor) is None:
+    if live_formula(tensor, whole=True) is None:
         return NotImplemented
     source = Source(tensor.source.formula.detach(), tensor.source.order, tensor.source, Tensor.detach, shares=True)
-    return lazy(source, _stand_in(tensor))
-
-
-def _scales(step: str) -> Function:
-    def run(tensor: Any, other: Any, **kwargs: Any) -> Any:
-        if isinstance(other, LazyLogits):
-            return _of_both(tensor, other) if step == "mul" and not kwargs else NotImplemented
-        if kwargs or live_formula(tensor) is None or isinstance(other, bool) or not isinstance(other, (int, float)):
-            return NotImplemented
-        return _stepped(tensor, (step, other))
-
-    return run
-
-
-handles("mul", "multiply", "__mul__", "__rmul__")(_scales("mul"))
-handles("div", "divide", "true_divide", "__truediv__", "__div__")(_scales("div"))
-
-
-def _of_both(left: Any, right: LazyLogits) -> Any:
-    """The product of two functions of the same logits, such as p * log p."""
-    first, second = live_formula(left), live_formula(right)
-    if first is None or second is None or left.source.order or right.source.order:
-        return NotImplemented
-    same = first.hidden is second.hidden or (
-        first.hidden.data_ptr() == second.hidden.data_ptr() and first.hidden.stride() == second.hidden.stride()
-    )
-    if not same or first.weight.data_ptr() != second.weight.data_ptr() or left.shape != right.shape:
-        return NotImplemented
-    if first.dtype != second.dtype or first.product_dtype != second.product_dtype or first.bias is not second.bias:
-        return NotImplemented
-    if left.requires_grad != right.requires_grad:
-        return NotImplemented
-    ours, theirs = first.steps, second.steps
-
-    def product(rows: Tensor) -> Tensor:
-        return apply_steps(rows, ours) * apply_steps(rows, theirs)
-
-    formula = Formula(
-        first.hidden,
-        first.weight,
-        first.bias,
-        first.product_dtype,
-        (("apply", product), ("to", first.dtype)),
-        first.ages,
-    )
-    return lazy(Source(formula), _stand_in(left))
+    return lazy(source, stand_in(tensor))
 
 
 def log_softmax_of_rows(rows: Tensor) -> Tensor:
@@ -280,7 +259,7 @@ def _normalizes(apply: Function) -> Function:
             return NotImplemented
         dtype = _autocast(apply, tensor) if dtype is None else dtype
         steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
-        return _stepped(tensor, *steps, ("apply", apply))
+        return stepped(tensor, *steps, ("apply", apply))
 
     return run
 
@@ -289,18 +268,36 @@ handles("log_softmax")(_normalizes(log_softmax_of_rows))
 handles("softmax")(_normalizes(_softmax))
 
 
-@handles("exp")
-def _exp(tensor: Any) -> Any:
-    if live_formula(tensor) is None:
+def _applies(apply: Function) -> Function:
+    def run(tensor: Any) -> Any:
+        if live_formula(tensor) is None:
+            return NotImplemented
+        dtype = _autocast(apply, tensor)
+        steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
+        return stepped(tensor, *steps, ("apply", apply))
+
+    return run
+
+
+handles("exp")(_applies(torch.exp))
+handles("log")(_applies(torch.log))
+
+
+@handles("neg", "negative", "__neg__")
+def _negative(tensor: Any) -> Any:
+    return NotImplemented if live_formula(tensor) is None else stepped(tensor, ("mul", -1.0))
+
+
+@handles("clamp", "clip")
+def _clamp(tensor: Any, min: Any = None, max: Any = None) -> Any:
+    if live_formula(tensor) is None or any(isinstance(bound, Tensor) for bound in (min, max)):
         return NotImplemented
-    dtype = _autocast(torch.exp, tensor)
-    steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
-    return _stepped(tensor, *steps, ("apply", torch.exp))
+    return stepped(tensor, ("apply", functools.partial(torch.clamp, min=min, max=max)))
 
 
 @handles("tanh")
 def _tanh(tensor: Any) -> Any:
-    return NotImplemented if live_formula(tensor) is None else _stepped(tensor, ("tanh", None))
+    return NotImplemented if live_formula(tensor) is None else stepped(tensor, ("tanh", None))
 
 
 def is_last(tensor: Tensor, dim: Any) -> bool:
@@ -333,10 +330,27 @@ def _like(func: Any) -> Function:
     def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(tensor, LazyLogits):
             return NotImplemented
-        return func(_stand_in(tensor), *args, **{"device": tensor.device, "dtype": tensor.dtype, **kwargs})
+        return func(stand_in(tensor), *args, **{"device": tensor.device, "dtype": tensor.dtype, **kwargs})
 
     return run
 
 
 for _name in (*_LIKE.split(), *_NEW.split()):
     handles(_name)(_like(getattr(torch, _name, None) or getattr(Tensor, _name)))
+
+
+# ------------------------------------------------------------------------------------------------ gradients of logits
+
+
+def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """A loss that was made of the hidden states does not know the logits."""
+    for tensor in inputs if isinstance(inputs, (tuple, list)) else (inputs,):
+        if isinstance(tensor, LazyLogits) and tensor.requires_grad and live_formula(tensor) is not None:
+            raise RuntimeError(
+                "inputs: expected tensors that the outputs were computed from, got logits that were not read before; "
+                "take the loss of `logits + 0`, or compile with lazy_logits=False"
+            )
+    return NotImplemented
+
+
+FUNCTIONS[torch.autograd.grad] = _gradients

@@ -5,8 +5,7 @@ Everything here answers `NotImplemented` where it would have to guess; the funct
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from graphfuse import ops
-from graphfuse.lazy.formula import Formula, Step, apply_formula, apply_steps
+from graphfuse.lazy.formula import Formula, Step, apply_steps
 from graphfuse.lazy.functions import autocasts, is_last, log_softmax_of_rows
 from graphfuse.lazy.table import Function, handles
 from graphfuse.lazy.tensor import LazyLogits, live_formula
@@ -26,17 +25,72 @@ MAX_GATHERED = 8  # entries per row, above which whole rows of logits are cheape
 # ------------------------------------------------------------------------------------------------ fused: loss, log p
 
 
-def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
-    """`(logit_scale, softcap, log_softmax)` if the steps are those, and casts."""
-    scale, softcap, log_softmax = 1.0, 0.0, False
+class _Fused(NamedTuple):
+    """What the fused ops make of a formula."""
+
+    factors: tuple[float, ...]  # of the products, over that of the first
+    scale: float
+    softcap: float
+    log_softmax: bool
+    after: float  # factor of the log-probabilities
+    low_dtype: torch.dtype  # of all products but the first
+
+    @classmethod
+    def of(cls, formula: Formula) -> _Fused | None:
+        """`None` if they cannot."""
+        found = _canonical(formula.steps)
+        each = [_canonical(part.steps) for part in formula.parts]
+        if formula.join is not None or found is None or any(part.dtype is None for part in formula.parts):
+            return None
+        factors = [canonical[0] for canonical in each if canonical is not None and not any(canonical[1:3])]
+        if len(factors) < len(each) or not factors[0]:
+            return None
+        first = formula.parts[0].dtype
+        assert first is not None
+        low_dtype = first
+        for hidden, weight, _ in list(formula.products())[1:]:
+            low_dtype = torch.promote_types(low_dtype, torch.promote_types(hidden.dtype, weight.dtype))
+        if low_dtype not in (first, torch.promote_types(first, torch.float32)):
+            return None
+        scale, softcap, log_softmax, after = found
+        ratios = tuple(factor / factors[0] for factor in factors)
+        return cls(ratios, factors[0] * scale, softcap, log_softmax, after, low_dtype)
+
+    def head(self, formula: Formula) -> dict[str, Any]:
+        """Arguments of the ops, for all rows in one dimension."""
+        dtype = formula.parts[0].dtype
+        (hidden, weight, _), *others = formula.products()
+        bias = None
+        for factor, (_, _, one) in zip(self.factors, formula.products(), strict=True):
+            if one is not None:
+                bias = one.to(dtype) * factor if bias is None else bias + one.to(dtype) * factor
+        low_rank = None
+        if others:
+            factors = self.factors[1:]
+            hiddens = [_rows(h).to(self.low_dtype) * f for (h, _, _), f in zip(others, factors, strict=True)]
+            low_rank = torch.cat(hiddens, 1), torch.cat([w.to(self.low_dtype) for _, w, _ in others], 1)
+        return {
+            "hidden": _rows(hidden).to(dtype),
+            "weight": weight.to(dtype),
+            "bias": bias,
+            "low_rank": low_rank,
+            "logit_scale": self.scale,
+            "softcap": self.softcap or None,
+        }
+
+
+def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool, float] | None:
+    """`(logit_scale, softcap, log_softmax, factor after it)` if the steps are those, and casts."""
+    scale, softcap, log_softmax, after = 1.0, 0.0, False, 1.0
     inside, seen_tanh = 1.0, False
     for name, value in steps:
         if name == "to":
             continue
-        if log_softmax:
-            return None
         if name == "mul" or (name == "div" and value):
-            scale *= value if name == "mul" else 1.0 / value
+            factor = value if name == "mul" else 1.0 / value
+            scale, after = (scale, after * factor) if log_softmax else (scale * factor, after)
+        elif log_softmax:
+            return None
         elif name == "tanh" and not seen_tanh:
             inside, scale, seen_tanh = scale, 1.0, True
         elif name == "apply" and value is log_softmax_of_rows:
@@ -47,88 +101,90 @@ def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool] | None:
         softcap, scale = scale, inside * scale
         if softcap <= 0:
             return None
-    return scale, softcap, log_softmax
+    return scale, softcap, log_softmax, after
 
 
-def _head(formula: Formula) -> dict[str, Any]:
-    """Arguments of the fused ops."""
-    canonical = _canonical(formula.steps)
-    assert canonical is not None
-    dtype, hidden = formula.product_dtype, formula.hidden
-    return {
-        "hidden": hidden.to(dtype),
-        "weight": formula.weight.to(dtype),
-        "bias": None if formula.bias is None else formula.bias.to(dtype),
-        "logit_scale": canonical[0],
-        "softcap": canonical[1] or None,
-    }
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
-@handles("cross_entropy")
-def _cross_entropy(
-    tensor: Any,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    return _loss(tensor, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, normal=False)
+class _Loss(NamedTuple):
+    """A loss as torch's functions describe it."""
+
+    target: Any
+    class_weight: Tensor | None
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+
+    def of(self, tensor: Any, *, normal: bool) -> Any:
+        """The loss of logits, or of log-probabilities if they are said to be normal."""
+        formula, target = live_formula(tensor), self.target
+        if formula is None or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
+            return NotImplemented
+        if target.dtype not in (torch.int64, torch.int32) or self.reduction not in ("mean", "sum", "none"):
+            return NotImplemented
+        rank, order = tensor.dim(), tensor.source.order or tuple(range(tensor.dim()))
+        classes_second = (0, rank - 1, *range(1, rank - 1)) if rank > 1 else (0,)
+        if order != classes_second or tuple(target.shape) != (*tensor.shape[:1], *tensor.shape[2:])[: max(rank - 1, 0)]:
+            return NotImplemented
+        formula.check_fresh()
+        fused = _Fused.of(formula)
+        if fused is None or fused.log_softmax is not normal or fused.after != 1.0:
+            return self._in_chunks(tensor, formula, functional.nll_loss if normal else functional.cross_entropy)
+        with torch.autocast(tensor.device.type, enabled=False):
+            loss = ops.linear_cross_entropy(
+                **fused.head(formula),
+                target=target.reshape(-1),
+                class_weight=self.class_weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )
+        loss = loss.reshape(target.shape) if self.reduction == "none" else loss
+        return loss.to(torch.float32 if autocasts(tensor) else tensor.dtype)
+
+    def _in_chunks(self, tensor: LazyLogits, formula: Formula, function: Function) -> Tensor:
+        options = {"ignore_index": self.ignore_index, "reduction": "none"}
+        if self.label_smoothing:
+            options["label_smoothing"] = self.label_smoothing
+
+        def of_chunk(rows: Tensor, target: Tensor) -> Any:
+            return function(rows, target, self.class_weight, **options)
+
+        target = self.target.reshape(-1).to(torch.int64)
+        losses = torch.cat(_in_chunks(formula, of_chunk, target, remembers=tensor.requires_grad))
+        if self.reduction == "none":
+            return losses.reshape(self.target.shape)
+        if self.reduction == "sum":
+            return losses.sum()
+        counted = target != self.ignore_index
+        weight = None if self.class_weight is None else self.class_weight[torch.where(counted, target, 0)]
+        return losses.sum() / (counted if weight is None else torch.where(counted, weight, 0)).sum()
 
 
-@handles("nll_loss")
-def _nll_loss(
-    tensor: Any,
-    target: Any,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Any:
-    return _loss(tensor, target, weight, size_average, ignore_index, reduce, reduction, 0.0, normal=True)
+def _takes_targets(*, normal: bool) -> Function:
+    """`cross_entropy`, or `nll_loss`, whose arguments are the same but for the last."""
+
+    def run(
+        tensor: Any,
+        target: Any,
+        weight: Tensor | None = None,
+        size_average: Any = None,
+        ignore_index: int = -100,
+        reduce: Any = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> Any:
+        if size_average is not None or reduce is not None:
+            return NotImplemented
+        return _Loss(target, weight, ignore_index, reduction, label_smoothing).of(tensor, normal=normal)
+
+    return run
 
 
-def _loss(
-    tensor: Any,
-    target: Any,
-    class_weight: Tensor | None,
-    size_average: Any,
-    ignore_index: int,
-    reduce: Any,
-    reduction: str,
-    label_smoothing: float,
-    *,
-    normal: bool,
-) -> Any:
-    formula = live_formula(tensor)
-    if formula is None or size_average is not None or reduce is not None:
-        return NotImplemented
-    canonical = _canonical(formula.steps)
-    if canonical is None or canonical[2] is not normal or isinstance(target, LazyLogits):
-        return NotImplemented
-    if target.dtype not in (torch.int64, torch.int32) or reduction not in ("mean", "sum", "none"):
-        return NotImplemented
-    rank, order = tensor.dim(), tensor.source.order or tuple(range(tensor.dim()))
-    classes_second = (0, rank - 1, *range(1, rank - 1)) if rank > 1 else (0,)
-    if order != classes_second or tuple(target.shape) != (*tensor.shape[:1], *tensor.shape[2:])[: max(rank - 1, 0)]:
-        return NotImplemented
-    formula.check_fresh()
-    head = _head(formula)
-    head["hidden"] = head["hidden"].reshape(-1, head["hidden"].shape[-1])
-    with torch.autocast(tensor.device.type, enabled=False):
-        loss = ops.linear_cross_entropy(
-            **head,
-            target=target.reshape(-1),
-            class_weight=class_weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
-    loss = loss.reshape(target.shape) if reduction == "none" else loss
-    return loss.to(torch.float32 if autocasts(tensor) else tensor.dtype)
+handles("cross_entropy")(_takes_targets(normal=False))
+handles("nll_loss")(_takes_targets(normal=True))
 
 
 @handles("gather")
@@ -136,26 +192,69 @@ def _gather(tensor: Any, dim: Any, index: Any = None, **kwargs: Any) -> Any:
     formula = live_formula(tensor)
     if formula is None or kwargs or not isinstance(index, Tensor) or isinstance(index, LazyLogits):
         return NotImplemented
-    canonical = _canonical(formula.steps)
-    if canonical is None or tensor.source.order is not None or not is_last(tensor, dim):
+    if tensor.source.order is not None or tensor.dim() < 2 or not is_last(tensor, dim):
         return NotImplemented
-    if index.shape[:-1] != tensor.shape[:-1] or index.shape[-1] > (1 if canonical[2] else MAX_GATHERED):
+    if index.shape[:-1] != tensor.shape[:-1]:
         return NotImplemented
     formula.check_fresh()
-    head = _head(formula)
+    fused = _Fused.of(formula)
+    if fused is None or index.shape[-1] > (1 if fused.log_softmax else MAX_GATHERED):
+        found = _in_chunks(formula, lambda rows, at: rows.gather(-1, at), _rows(index), remembers=tensor.requires_grad)
+        return torch.cat(found).reshape(index.shape)
     with torch.autocast(tensor.device.type, enabled=False):
-        if canonical[2]:
-            head["hidden"] = head["hidden"].reshape(-1, head["hidden"].shape[-1])
-            picked = ops.linear_log_probs(**head, target=index.reshape(-1)).reshape(index.shape)
-            return picked.to(tensor.dtype)
-        rows = functional.embedding(index, head["weight"])  # (*rows, k, H): a dot product for each entry
-        picked = (head["hidden"].unsqueeze(-2).float() * rows.float()).sum(-1)
-        if head["bias"] is not None:
-            picked = picked + head["bias"].float()[index]
-        return apply_steps(picked.to(formula.product_dtype), formula.steps)
+        if fused.log_softmax:
+            picked = ops.linear_log_probs(**fused.head(formula), target=index.reshape(-1)).reshape(index.shape)
+            return (picked * fused.after).to(tensor.dtype)
+        return apply_steps(_dot_products(formula, index), formula.steps)
+
+
+@handles("take_along_dim")
+def _take_along(tensor: Any, indices: Any, dim: Any = None) -> Any:
+    if not isinstance(indices, Tensor) or dim is None or indices.dim() != tensor.dim():
+        return NotImplemented
+    try:
+        index = indices.expand(*tensor.shape[:-1], indices.shape[-1])
+    except RuntimeError:  # more rows than logits
+        return NotImplemented
+    return _gather(tensor, dim, index)
+
+
+def _dot_products(formula: Formula, index: Tensor) -> Tensor:
+    """The entries of logits at `index`, (*rows, k), before the last steps."""
+    total = None
+    for part, (hidden, weight, bias) in zip(formula.parts, formula.products(), strict=True):
+        rows = functional.embedding(index, weight.to(part.dtype))  # (*rows, k, H): a dot product for each entry
+        picked = (hidden.to(part.dtype).unsqueeze(-2).float() * rows.float()).sum(-1)
+        if bias is not None:
+            picked = picked + bias.to(part.dtype).float()[index]
+        picked = apply_steps(picked.to(part.dtype), part.steps)
+        total = picked if total is None else total + picked
+    assert total is not None, "formula: expected at least one product"
+    return total
 
 
 # --------------------------------------------------------------------------------------- over the vocabulary, in chunks
+
+
+def _in_chunks(formula: Formula, func: Function, *others: Tensor, remembers: bool) -> list[Any]:
+    """What a function makes of a chunk of logits, (C, V), and of the same rows of others, for each chunk in turn."""
+    size = max(1, CHUNK_BYTES // (4 * formula.shape[-1]))
+    rows = formula.of_rows(_rows)
+    counts = [each.shape[0] for each in rows.tensors[0].split(size)]
+
+    def of_chunk(start: int, *others: Tensor) -> Any:
+        formula.check_fresh()  # backward too
+        chunk = rows.of_rows(lambda tensor: tensor[start : start + size])
+        return func(chunk.of_tensors(*chunk.tensors), *others)
+
+    results = []
+    for k in range(len(counts)):
+        parts = [other[k * size : (k + 1) * size] for other in others]
+        if remembers and torch.is_grad_enabled():
+            results.append(checkpoint(of_chunk, k * size, *parts, use_reentrant=False, preserve_rng_state=False))
+        else:
+            results.append(of_chunk(k * size, *parts))
+    return results
 
 
 def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function:
@@ -167,28 +266,15 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
             return NotImplemented
         dim = args[dim_at] if len(args) > dim_at else kwargs.get("dim", default)
         dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+        if dim is None and not args and func in (torch.sum, torch.mean) and formula.join is not None:
+            return func(run(tensor, -1, **kwargs))  # of all rows; plain logits are likely to be read again
         if not is_last(tensor, dim):
             return NotImplemented
         if len(args) > dim_at:
             args = (*args[:dim_at], -1, *args[dim_at + 1 :])
         else:
             kwargs["dim"] = -1
-        formula.check_fresh()
-
-        def of_chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-            with torch.autocast(hidden.device.type, enabled=False):
-                rows = apply_formula(hidden, weight, bias, product_dtype=formula.product_dtype, steps=formula.steps)
-            return func(rows, *args, **kwargs)
-
-        remembers = torch.is_grad_enabled() and tensor.requires_grad
-        run_chunk = (
-            functools.partial(checkpoint, of_chunk, use_reentrant=False, preserve_rng_state=False)
-            if remembers
-            else of_chunk
-        )
-        flat = formula.hidden.reshape(-1, formula.hidden.shape[-1])
-        chunks = flat.split(max(1, CHUNK_BYTES // (4 * tensor.shape[-1])))
-        results = [run_chunk(hidden, formula.weight, formula.bias) for hidden in chunks]
+        results = _in_chunks(formula, lambda rows: func(rows, *args, **kwargs), remembers=tensor.requires_grad)
         lead = tensor.shape[:-1]
         if isinstance(results[0], Tensor):
             joined = torch.cat(results)
@@ -199,6 +285,6 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
     return run
 
 
-for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean"):
+for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean", "all"):
     handles(_name)(_reduces(getattr(torch, _name)))
 handles("topk")(_reduces(torch.topk, 1, -1))

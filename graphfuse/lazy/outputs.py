@@ -18,18 +18,18 @@ from torch import Tensor, fx, nn
 from graphfuse import algebra
 from graphfuse.certify import certify
 from graphfuse.evidence import Evidence, gather
-from graphfuse.lazy.formula import Formula, Step, apply_formula
+from graphfuse.lazy.formula import Choice, Formula, Part, Stack, Step, apply_formula, choose
 from graphfuse.lazy.tensor import Source, lazy
-from graphfuse.match import CASTS, IDENTITIES, Match, scalar, short
+from graphfuse.match import CASTS, IDENTITIES, VIEWS, Match, argument, scalar, short
 from graphfuse.rewrite import erase
 from graphfuse.shadow import Shadow, Value, is_nested
 
 aten = torch.ops.aten
 
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default}
 MUL = {aten.mul.Tensor, aten.mul.Scalar}
 DIV = {aten.div.Tensor, aten.div.Scalar}
 PRODUCTS = {aten.mm.default, aten.addmm.default}
+JOINS = {aten.add.Tensor, aten.stack.default}
 TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 NAME = "lazy_logits"
@@ -43,7 +43,7 @@ class LazyOutput:
 
     position: int
     match: Match
-    product: Value
+    products: list[Value]
     hidden_uses: list[tuple[Value, Value]]  # (operand, user) on the way to the output: no uses if it is taken out
 
 
@@ -57,24 +57,27 @@ def find(shadow: Shadow) -> list[LazyOutput]:
         described = _describe(value, shadow)
         if described is None:
             continue
-        match, product = described
+        match, products = described
         if certify(match, shadow) is None:
-            found.append(LazyOutput(position, match, product, []))
+            found.append(LazyOutput(position, match, products, []))
     for output in found:
         shadow.escaping.discard(output.match.anchor)
     for output in found:
-        value = output.match.anchor
-        while value is not output.product and not value.users and value not in shadow.escaping:
-            operand = next(value.operands())
-            operand.users.remove(value)
-            output.hidden_uses.append((operand, value))
-            value = operand
+        behind = [output.match.anchor]
+        while behind:
+            value = behind.pop()
+            if value in output.products or value.users or value in shadow.escaping:
+                continue
+            for operand in list(value.operands())[: None if value.op in JOINS else 1]:
+                operand.users.remove(value)
+                output.hidden_uses.append((operand, value))
+                behind.append(operand)
     return found
 
 
 def settle(outputs: Sequence[LazyOutput], shadow: Shadow, taken: set[Value]) -> Plan:
     """Take those outputs out of the graph that nothing in it computes any more; the others are outputs again."""
-    chosen = [o for o in outputs if o.product in taken or _is_worth_it(o)]
+    chosen = [o for o in outputs if taken.issuperset(o.products) or _is_worth_it(o)]
     for output in outputs:
         if output not in chosen:
             shadow.escaping.add(output.match.anchor)
@@ -98,8 +101,7 @@ def settle(outputs: Sequence[LazyOutput], shadow: Shadow, taken: set[Value]) -> 
         Slot(
             o.position,
             tuple(place(v) for v in o.match.inputs),
-            o.match.params["product_dtype"],
-            o.match.params["steps"],
+            **o.match.params,
         )
         for o in sorted(chosen, key=lambda o: o.position)
     ]
@@ -116,17 +118,20 @@ class Slot:
     """Where a lazy output goes, and from where its parts come."""
 
     position: int
-    parts: tuple[tuple[bool, int], ...]  # hidden, weight[, bias]: (is an input of the graph, which)
-    product_dtype: torch.dtype
+    tensors: tuple[tuple[bool, int], ...]  # those of all parts: (is an input of the graph, which)
+    parts: tuple[Part, ...]
     steps: tuple[Step, ...]
+    choices: tuple[Choice, ...]
+    stack: Stack | None
 
     def fill(self, args: Sequence[Any], results: Sequence[Any]) -> Tensor:
         """Make the output of one call."""
-        hidden, weight, *rest = (args[k] if is_input else results[k] for is_input, k in self.parts)
-        bias = rest[0] if rest else None
-        if any(type(t) not in (Tensor, nn.Parameter) for t in (hidden, weight, *rest)):
-            return apply_formula(hidden, weight, bias, product_dtype=self.product_dtype, steps=self.steps)
-        return lazy(Source(Formula.of(hidden, weight, bias, self.product_dtype, self.steps)))
+        tensors = [args[k] if is_input else results[k] for is_input, k in self.tensors]
+        if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
+            return apply_formula(*tensors, parts=self.parts, steps=self.steps, choices=self.choices, stack=self.stack)
+        formula = Formula.of(tensors, self.parts, self.steps, self.stack)
+        like = choose(formula.like(), self.choices)
+        return lazy(Source(formula.of_rows(lambda rows: choose(rows, self.choices))), like)
 
 
 @dataclass(frozen=True)
@@ -160,68 +165,143 @@ def _outputs(graph_module: fx.GraphModule) -> Sequence[Any]:
 
 def _is_worth_it(output: LazyOutput) -> bool:
     """Whether the output looks like logits in training that only a reader outside could want."""
-    value, product = output.match.anchor, output.product
+    value = output.match.anchor
     hidden = output.match.inputs[0]
     vocabulary = value.shape[-1]
-    unused = not product.users if product is not value else not value.users
     return (
-        unused
+        not any(product.users for product in output.products)
         and value.grad_mode
         and value.tensor.requires_grad
         and vocabulary >= max(MIN_VOCABULARY, 2 * hidden.shape[-1])
     )
 
 
-def _describe(output: Value, shadow: Shadow) -> tuple[Match, Value] | None:
-    """The output as a linear layer and steps, with the value of the layer's product; `None` if it is not that."""
-    if not output.dtype.is_floating_point or output.tensor.dim() < 2 or not output.tensor.is_contiguous():
+def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None:
+    """The output as a sum or a stack of linear layers, and what follows, with the values of their products."""
+    if not output.dtype.is_floating_point or output.tensor.dim() < 2:
         return None
+    whole, choices = _before_choices(output)
+    found = _before_steps(whole)
+    if found is None or not whole.tensor.is_contiguous():
+        return None
+    summands, steps = [found[0]], found[1]
+    stack = _stack(found[0], whole)
+    if stack is not None:
+        summands = list(found[0].args[0])
+    while summed := _summed(summands[0]):  # from the left, as a loop adds them
+        summands[:1] = summed
+    described = [_part(summand, summand.shape if stack else whole.shape, shadow) for summand in summands]
+    kept = [each for each in described if each is not None]
+    products = [product for product, *_ in kept]
+    parts = tuple(part for _, part, _ in kept)
+    if len(kept) < len(described) or len(set(products)) < len(products):
+        return None
+    if len({product.shape[-1] for product in products}) > 1 or (choices and stack):
+        return None
+    kind = f"{'stack' if stack else 'sum'} of {len(parts)} products"
+    match = Match(
+        pattern=NAME,
+        outputs=(output,),
+        inputs=tuple(value for *_, values in kept for value in values),
+        replacement=apply_formula,
+        params={"parts": parts, "steps": steps, "choices": choices, "stack": stack},
+        variant=", ".join([*([kind] if len(parts) > 1 else []), short(output.dtype)]),
+        covers={NAME: 1},
+        formula=_in_words(parts, steps, stack),
+        rounding=f"product rounded to {short(products[0].dtype)}",
+        frees="logits",
+        scalable=frozenset({output.shape[-1], *(product.args[-2].shape[-1] for product in products)}),
+    )
+    return match, products
+
+
+def _before_choices(value: Value) -> tuple[Value, tuple[Choice, ...]]:
+    """The value before some of its rows were chosen, and which."""
+    choices: list[Choice] = []
+    while value.op in (aten.select.int, aten.slice.Tensor, *IDENTITIES):
+        operand = value.args[0]
+        if value.op not in IDENTITIES:
+            dim = argument(value, 1, "dim", 0) % operand.tensor.dim()
+            where = [argument(value, 2, "index" if value.op is aten.select.int else "start")]
+            where += [] if value.op is aten.select.int else [argument(value, 3, "end")]
+            is_plain = all(type(number) in (int, type(None)) for number in where)
+            if dim == operand.tensor.dim() - 1 or not is_plain or argument(value, 4, "step", 1) != 1:
+                break
+            choices.insert(0, ("select" if value.op is aten.select.int else "slice", dim, *where))
+        value = operand
+    return value, tuple(choices)
+
+
+def _stack(value: Value, output: Value) -> Stack | None:
+    """How the value, if it is a stack, is laid out in the output."""
+    if value.op is not aten.stack.default:
+        return None
+    rank = value.tensor.dim()
+    dim = argument(value, 1, "dim", 0) % rank
+    flat = rank - output.tensor.dim() + 1
+    is_flat = flat > 0 and value.shape[flat:] == output.shape[1:]
+    return Stack(dim, flat if flat > 1 else 0) if dim < rank - 1 and is_flat else None
+
+
+def _part(summand: Value, shape: tuple[int, ...], shadow: Shadow) -> tuple[Value, Part, list[Value]] | None:
+    """The product of a linear layer with what follows it, and its tensors as results of graph nodes."""
+    found = _before_steps(summand)
+    if found is None or found[0].op not in PRODUCTS:
+        return None
+    product, steps = found
+    *bias, left, right = product.args
+    if right.op not in TRANSPOSES or right.args[0].tensor.dim() != 2 or product.kwargs:
+        return None
+    hidden: Value | None = left
+    while hidden is not None and hidden.shape[:-1] != shape[:-1]:
+        is_view = hidden.op in VIEWS | IDENTITIES and hidden.args[0].shape[-1] == left.shape[-1]
+        hidden = hidden.args[0] if is_view else None
+    tensors = [_at_node(value, shadow) for value in (hidden, right.args[0], *bias)]
+    kept = [tensor for tensor in tensors if tensor is not None]
+    return (product, Part(product.dtype, bool(bias), steps), kept) if len(kept) == len(tensors) else None
+
+
+def _before_steps(value: Value) -> tuple[Value, tuple[Step, ...]] | None:
+    """The product, or the sum, that the value was before operations on each element, and those operations."""
     steps: list[Step] = []
-    value = output
-    while value.op not in PRODUCTS:
+    while value.op not in PRODUCTS and value.op is not aten.stack.default and not _summed(value):
         step = _step(value)
         if step is None:
             return None
         value, *name = step
         steps[:0] = [(name[0], name[1])] if name else []
-    bias, left, right = (None, *value.args[:2]) if value.op is aten.mm.default else value.args[:3]
-    if right.op not in TRANSPOSES or right.args[0].tensor.dim() != 2 or value.kwargs:
-        return None
-    hidden: Value | None = left
-    while hidden is not None and hidden.shape[:-1] != output.shape[:-1]:
-        hidden = (
-            hidden.args[0] if hidden.op in VIEWS | IDENTITIES and hidden.args[0].shape[-1] == left.shape[-1] else None
-        )
-    inputs = [_at_node(v, shadow) for v in (hidden, right.args[0], bias) if v is not None or v is hidden]
-    if any(v is None for v in inputs):
-        return None
-    match = Match(
-        pattern=NAME,
-        outputs=(output,),
-        inputs=tuple(v for v in inputs if v is not None),
-        replacement=apply_formula,
-        params={"product_dtype": value.dtype, "steps": tuple(steps)},
-        variant=short(output.dtype),
-        covers={NAME: 1},
-        formula=_in_words(steps, has_bias=bias is not None),
-        rounding=f"product rounded to {short(value.dtype)}",
-        frees="logits",
-        scalable=frozenset({output.shape[-1], left.shape[-1]}),
-    )
-    return match, value
+    return value, tuple(steps)
 
 
-def _in_words(steps: Sequence[Step], *, has_bias: bool) -> str:
-    formula = algebra.product(algebra.symbol("h"), algebra.symbol("Wᵀ"))
-    if has_bias:
-        formula = algebra.total(formula, algebra.symbol("b"))
+def _summed(value: Value) -> list[Value]:
+    """The operands of a sum of two tensors of its own shape."""
+    operands = [arg for arg in value.args if isinstance(arg, Value) and arg.shape == value.shape]
+    return operands if value.op is aten.add.Tensor and len(operands) == 2 and not value.kwargs else []
+
+
+def _in_words(parts: Sequence[Part], steps: Sequence[Step], stack: Stack | None) -> str:
+    formula: Any = None
+    for k, part in enumerate(parts):
+        mark = "₁₂₃₄₅₆₇₈₉"[(k - 1) % 9] if k else ""
+        one = algebra.product(algebra.symbol(f"h{mark}"), algebra.symbol(f"W{mark}ᵀ"))
+        one = algebra.total(one, algebra.symbol(f"b{mark}")) if part.has_bias else one
+        one = _after_steps(one, part.steps)
+        if stack is not None:
+            one = one if formula is None else algebra.symbol(f"{algebra.write(formula)}, {algebra.write(one)}")
+            formula = algebra.apply("stack", one) if k + 1 == len(parts) else one
+        else:
+            formula = one if formula is None else algebra.total(formula, one)
+    return algebra.write(_after_steps(formula, steps))
+
+
+def _after_steps(formula: Any, steps: Sequence[Step]) -> Any:
     for name, detail in steps:
         if name == "tanh":
             formula = algebra.apply("tanh", formula)
         elif name in ("mul", "div"):
             factor = algebra.number(detail)
             formula = algebra.product(factor if name == "mul" else algebra.power(factor, -1), formula)
-    return algebra.write(formula)
+    return formula
 
 
 def _step(value: Value) -> tuple[Value] | tuple[Value, str, Any] | None:

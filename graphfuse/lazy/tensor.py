@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from graphfuse.lazy.formula import Formula, version
 from graphfuse.lazy.table import ABOUT_SHAPE, FUNCTIONS, turns, writes
+from graphfuse.match import VIEWS
 
 aten = torch.ops.aten
 
@@ -25,7 +26,6 @@ materialised: Counter[str] = Counter()
 _HERE = Path(__file__).resolve().parent
 _SAME = {aten.detach.default, aten.alias.default}
 _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
-_VIEW = {aten.view.default, aten._unsafe_view.default}
 
 
 class Source:
@@ -59,7 +59,7 @@ class Source:
     def kind(self) -> tuple[torch.dtype, torch.device]:
         """The dtype and device of the values, known before they are."""
         if self.formula is not None:
-            return self.formula.dtype, self.formula.hidden.device
+            return self.formula.dtype, self.formula.device
         assert self.own is not None, "source: expected a formula or values, got neither"
         return self.own.dtype, self.own.device
 
@@ -96,8 +96,7 @@ class Source:
     def _wants_history(self) -> bool:
         if self.formula is None or not torch.is_grad_enabled():
             return False
-        tensors = (self.formula.hidden, self.formula.weight, self.formula.bias)
-        return any(t is not None and t.requires_grad for t in tensors)
+        return any(tensor.requires_grad for tensor in self.formula.tensors)
 
 
 def _reader() -> str:
@@ -159,7 +158,7 @@ class LazyLogits(Tensor):
         """Below autograd, for what comes from C++: aliases stay lazy, everything else gets the values."""
         first = args[0] if args else None
         if isinstance(first, LazyLogits) and (
-            func in _SAME or (func in _VIEW and tuple(args[1]) == tuple(first.shape))
+            func in _SAME or (func in VIEWS and tuple(args[1]) == tuple(first.shape))
         ):
             source = first.source
             if source.formula is None:  # inside a trace, of which the values are part
@@ -213,9 +212,9 @@ def lazy(source: Source, like: Tensor | None = None) -> LazyLogits:
     formula = source.formula
     assert formula is not None, "formula: expected one to compute from"
     if like is None:
-        like = torch.empty(formula.shape, device="meta")
+        like = formula.like()
         like = like if source.order is None else like.permute(source.order)
-    result: LazyLogits = _Attach.apply(source, like, formula.hidden, formula.weight, formula.bias)  # type: ignore[no-untyped-call]
+    result: LazyLogits = _Attach.apply(source, like, *formula.tensors)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -247,26 +246,28 @@ class _Bridge(torch.autograd.Function):
         return grad
 
 
-def live_formula(tensor: Tensor) -> Formula | None:
+def live_formula(tensor: Tensor, *, whole: bool = False) -> Formula | None:
     """The formula that a function may compute from instead of the values, or `None` if it must take those.
 
     It must not where they stand in memory already (and may have been changed), and where autograd nodes of others
-    stand between the logits and this tensor.
+    stand between the logits and this tensor. Nor where rows are laid out anew (see `is_whole`), unless it does not need
+    them one by one: `whole`.
     """
     if not isinstance(tensor, LazyLogits) or tensor.source.is_read:
         return None
-    if tensor.source.formula is None:
+    formula = tensor.source.formula
+    if formula is None or (formula.is_whole and not whole):
         return None
     if not tensor.requires_grad:
-        return tensor.source.formula.detach()
-    return tensor.source.formula if _is_ours(tensor) else None
+        return formula.detach()
+    return formula if _is_ours(tensor) else None
 
 
 class _Attach(torch.autograd.Function):
     """Gives a lazy tensor the autograd history of its hidden states and weights, for whoever reads it from C++."""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, like: Tensor, *tensors: Tensor | None) -> LazyLogits:
+    def forward(ctx: Any, source: Source, like: Tensor, *tensors: Tensor) -> LazyLogits:
         ctx.source = source
         ctx.set_materialize_grads(False)
         return wrap(source, like=like)
@@ -279,8 +280,7 @@ class _Attach(torch.autograd.Function):
         source: Source = ctx.source
         assert source.formula is not None
         formula = source.formula.detach()
-        tensors = (formula.hidden, formula.weight, formula.bias)
-        needed = [t.requires_grad_() for t, need in zip(tensors, wanted, strict=True) if need and t is not None]
+        needed = [t.requires_grad_() for t, need in zip(formula.tensors, wanted, strict=True) if need]
         with torch.enable_grad():
             output = formula.compute()
             output = output if source.order is None else output.permute(source.order)

@@ -99,7 +99,9 @@ def _section(pattern: Pattern) -> str:
         parts += [f"| {_code(item['code'])} | {_code(site.reason)} | {site.hint or '–'} |" for item, site in refused]
     files = [ROOT / "patterns" / f"{pattern.name}.py"]
     if pattern.name == "linear_cross_entropy":
-        files += [ROOT / "patterns" / name for name in ("_head.py", "_logits.py", "_token_program.py")]
+        files += [
+            ROOT / "patterns" / name for name in ("_head.py", "_head_operands.py", "_logits.py", "_token_program.py")
+        ]
     reasons = [reason for path in files for reason in reasons_in(path)]
     if reasons:
         parts.append("\nAll reasons of its own:\n")

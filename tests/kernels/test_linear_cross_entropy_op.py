@@ -38,17 +38,19 @@ def factors(tokens=19, names=4):
 def test_opcheck(compact, optional):
     hidden, weight, bias, target, class_weight = problem()
     target[target == -100] = NO_TARGET
-    tensors = (hidden, weight, bias, target, class_weight) if optional else (hidden, weight, None, target, None)
+    low_rank = (torch.randn(19, 3, requires_grad=True), torch.randn(77, 3, requires_grad=True))
+    tensors = (hidden, weight, bias, *low_rank, target, class_weight)
+    tensors = tensors if optional else (hidden, weight, None, None, None, target, None)
     options = (1.7, 4.0, 8, compact) if optional else (1.0, 0.0, 8, compact)
-    needs = (True, True, optional)
+    needs = (True, True, *[optional] * 3)
     ops = torch.ops.graphfuse
     given = factors(names=4 if optional else 1)
-    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *given, *options, *needs))
+    torch.library.opcheck(ops.linear_cross_entropy.default, (*tensors, *given, *options, needs))
     wants = (True, optional, optional)
     torch.library.opcheck(ops.linear_token_losses.default, (*tensors, *options, *wants, not optional))
     detached = [None if tensor is None else tensor.detach() for tensor in tensors]
     grads = factors(names=3 if optional else 1)[:3]
-    torch.library.opcheck(ops.linear_token_losses_backward.default, (*grads, *detached, *options, *needs))
+    torch.library.opcheck(ops.linear_token_losses_backward.default, (*grads, *detached, *options, needs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -93,19 +95,20 @@ def test_log_probs_compile(dynamic, device):
     torch.testing.assert_close(torch.autograd.grad(found, tensors), torch.autograd.grad(expected, tensors))
 
 
-@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=3)], ids=str)
+@pytest.mark.parametrize("needs", [*itertools.product([False, True], repeat=5)], ids=str)
 def test_no_output_is_another_or_an_input(needs, device):
     """Nor are those that nobody needs: torch refuses an op that returns the same tensor twice."""
     hidden, weight, bias, target, _ = (tensor.detach() for tensor in problem(device))
     target[target < 0] = NO_TARGET
-    inputs = (hidden, weight, bias, target, None, torch.ones(19, device=device), None, None, None)
-    losses = (hidden, weight, bias, target, None)
+    low_rank = (torch.randn(19, 3, device=device), torch.randn(77, 3, device=device))
+    losses = (hidden, weight, bias, *low_rank, target, None)
+    inputs = (*losses, torch.ones(19, device=device), None, None, None)
     ops = torch.ops.graphfuse
     grads = (torch.ones(19, device=device), None, None)
     for given, outputs in [
-        (inputs, ops.linear_cross_entropy(*inputs, 1.0, 0.0, 0, None, *needs)),
+        (inputs, ops.linear_cross_entropy(*inputs, 1.0, 0.0, 0, None, needs)),
         (losses, ops.linear_token_losses(*losses, 1.0, 0.0, 0, None, True, *needs[:2], False)),
-        (losses, ops.linear_token_losses_backward(*grads, *losses, 1.0, 0.0, 0, None, *needs)),
+        (losses, ops.linear_token_losses_backward(*grads, *losses, 1.0, 0.0, 0, None, needs)),
     ]:
         storages = [tensor.untyped_storage()._cdata for tensor in (*given, *outputs) if tensor is not None]
         assert len(set(storages)) == len(storages)
@@ -114,11 +117,12 @@ def test_no_output_is_another_or_an_input(needs, device):
 def test_missing_flag_raises(device):
     """A caller of the op that forgot a gradient hears of it."""
     hidden, weight, _, target, _ = problem(device)
-    arguments = (hidden, weight, None, target.clamp(min=0), None, torch.ones(19, device=device), None, None, None)
-    outputs = torch.ops.graphfuse.linear_cross_entropy(*arguments, 1.0, 0.0, 0, None, True, False, False)
-    assert [output.shape for output in outputs] == [(), hidden.shape, (0,), (0,)]
+    head = (hidden, weight, None, None, None, target.clamp(min=0), None)
+    arguments = (*head, torch.ones(19, device=device), None, None, None)
+    outputs = torch.ops.graphfuse.linear_cross_entropy(*arguments, 1.0, 0.0, 0, None, [True, *[False] * 4])
+    assert [output.shape for output in outputs] == [(), hidden.shape, (0,), (0,), (0,), (0,)]
     assert not any(output.requires_grad for output in outputs[1:])
-    with pytest.raises(RuntimeError, match=r"need_weight_grad: expected True .*, got False"):
+    with pytest.raises(RuntimeError, match=r"needs: expected True for weight, .*, got False"):
         outputs[0].backward()
 
 
@@ -170,6 +174,13 @@ def test_vmap_is_right(reduction, device):
         ({"bias": torch.zeros(7).half()}, TypeError, r"bias: expected torch.float32, .* got torch.float16"),
         ({"class_weight": torch.zeros(7, 1)}, ValueError, r"class_weight: expected shape \(7,\), got \(7, 1\)"),
         ({"class_weight": torch.zeros(7).long()}, TypeError, r"class_weight: expected fp16, .* got torch.int64"),
+        (
+            {"low_rank": (torch.zeros(5, 2), torch.zeros(7, 3))},
+            ValueError,
+            r"low_rank: .* \(5, R\) and \(7, R\), got \(",
+        ),
+        ({"low_rank": (torch.zeros(5, 2), torch.zeros(7, 2).half())}, TypeError, r"low_rank: .*float32 and .*float16"),
+        ({"low_rank": (torch.zeros(5, 2).half(), torch.zeros(7, 2).half())}, TypeError, r"low_rank: .* or both fp32"),
         ({"reduction": "max"}, ValueError, r"reduction: expected one of mean, sum, none, got max"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in \[0, 1\], got 1.5"),
         ({"softcap": -1.0}, ValueError, r"softcap: expected None or a positive number, got -1.0"),

@@ -8,16 +8,7 @@ from torch.utils.checkpoint import checkpoint
 import graphfuse
 from graphfuse.kernels import _head_ops
 from graphfuse.kernels._token_chunks import run_chunks
-
-B, S, H, V = 2, 7, 16, 37
-IGNORED = -100
-
-
-def problem(dtype=torch.float32):
-    x, w, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in [(B, S, H), (V, H), (V,)])
-    y = torch.randint(V, (B, S))
-    y[0, :2] = IGNORED
-    return x, w, bias, y
+from tests.patterns.heads import IGNORED, B, H, S, V, problem
 
 
 def z_loss_masked(x, w, bias, y):

@@ -4,12 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-B, S, H, V = 2, 7, 16, 37
-IGNORED = -100
-
-
-def log_probs_of(x, w, y):
-    return F.linear(x, w).log_softmax(-1).gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+from tests.patterns.heads import IGNORED, B, S, V, log_probs_of, problem, rewrites
 
 
 def gathered(x, w, bias, y):
@@ -88,20 +83,10 @@ PER_TOKEN = [
 ]
 
 
-def problem(dtype=torch.float32):
-    x, w, bias = (torch.randn(shape).to(dtype).requires_grad_() for shape in [(B, S, H), (V, H), (V,)])
-    y = torch.randint(V, (B, S))
-    y[0, :2] = IGNORED
-    return x, w, bias, y
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("spelling", PER_TOKEN, ids=lambda f: f.__name__)
 def test_rewrites(spelling, dtype, verify):
-    report = verify(spelling, problem(dtype))
-    assert report.counts == {"linear_cross_entropy": 1}, report
-    (site,) = report.rewritten
-    assert not site.params["is_total"]  # backward computes the logits again
+    rewrites(verify, spelling, dtype, is_total=False)
 
 
 @pytest.mark.parametrize("spelling", PER_TOKEN, ids=lambda f: f.__name__)

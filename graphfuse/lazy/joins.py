@@ -1,0 +1,115 @@
+"""Lazy logits with a second tensor, element by element: p · log p, logits over a temperature, a divergence.
+
+The second one is lazy too, of the same rows, or holds a number for each token, or for each of its classes. What comes
+out is lazy: nothing is computed until it is reduced, a chunk of rows at a time.
+Everything here answers `NotImplemented` where it would have to guess; the function then gets plain tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graphfuse.lazy.formula import Formula, Part
+from graphfuse.lazy.functions import stand_in, stepped
+from graphfuse.lazy.table import FUNCTIONS, Function, handles
+from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
+
+
+def _formula(operand: Any, shape: torch.Size) -> Formula | None:
+    """How to compute the rows of an operand of lazy logits of this shape."""
+    if isinstance(operand, LazyLogits):
+        is_plain = operand.shape == shape and operand.source.order is None
+        return live_formula(operand) if is_plain else None
+    if type(operand) not in (Tensor, torch.nn.Parameter) or operand.dim() > len(shape):
+        return None
+    if operand.shape != shape:
+        if operand.dim() and operand.shape[-1] != 1:
+            return None
+        try:
+            operand = operand.expand(*shape[:-1], 1)
+        except RuntimeError:
+            return None
+    return Formula.of([operand], [Part(None)], ())
+
+
+def _joins(func: Function) -> Function:
+    """For functions of two tensors, element by element, one of which at least is lazy."""
+
+    def run(left: Any, right: Any, **kwargs: Any) -> Any:
+        like = left if isinstance(left, LazyLogits) else right
+        operands = [operand for operand in (left, right) if isinstance(operand, Tensor)]
+        if kwargs or len(operands) < 2 or not isinstance(like, LazyLogits) or like.source.order is not None:
+            return NotImplemented
+        first, second = (_formula(operand, like.shape) for operand in operands)
+        if first is None or second is None or any(o.dim() and o.device != like.device for o in operands):
+            return NotImplemented
+        # On tensors without elements, for the dtype: a 0-d operand has less of a say.
+        dtype = func(*(torch.empty([0] * o.dim(), dtype=o.dtype, device=o.device) for o in operands)).dtype
+
+        def join(a: Tensor, b: Tensor) -> Any:
+            wide = [x.to(torch.promote_types(x.dtype, dtype)) if dtype.is_floating_point else x for x in (a, b)]
+            return func(*wide)
+
+        def swapped(a: Tensor, b: Tensor) -> Any:
+            return join(b, a)
+
+        joined = first.with_other(second, join) if like is left else second.with_other(first, swapped)
+        return lazy(Source(joined.then(("to", dtype))), stand_in(like))
+
+    return run
+
+
+def _scales(step: str, func: Function) -> Function:
+    both = _joins(func)
+
+    def run(tensor: Any, other: Any, **kwargs: Any) -> Any:
+        if kwargs or isinstance(other, (Tensor, bool)) or not isinstance(other, (int, float)):
+            return both(tensor, other, **kwargs)
+        return NotImplemented if live_formula(tensor) is None else stepped(tensor, (step, other))
+
+    return run
+
+
+handles("mul", "multiply", "__mul__", "__rmul__")(_scales("mul", torch.mul))
+handles("div", "divide", "true_divide", "__truediv__", "__div__")(_scales("div", torch.div))
+handles("add", "__add__", "__radd__")(_joins(torch.add))
+handles("sub", "subtract", "__sub__")(_joins(torch.sub))
+handles("rsub", "__rsub__")(_joins(torch.rsub))
+handles("eq", "__eq__")(_joins(torch.eq))
+
+
+@handles("kl_div")
+def _divergence(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    if size_average is not None or reduce is not None or reduction not in ("none", "sum", "mean", "batchmean"):
+        return NotImplemented
+
+    def each(input: Tensor, target: Tensor) -> Tensor:
+        return functional.kl_div(input, target, reduction="none", log_target=log_target)
+
+    if not isinstance(target, Tensor) or input.shape != target.shape:
+        return NotImplemented
+    losses = _joins(each)(input, target)
+    if losses is NotImplemented or reduction == "none" or losses.dim() < 2:
+        return losses if reduction == "none" else NotImplemented
+    total = FUNCTIONS[torch.sum](losses, -1).sum()
+    return total / {"sum": 1, "mean": losses.numel(), "batchmean": losses.shape[0]}[reduction]
+
+
+@handles("broadcast_tensors")
+def _broadcast(*tensors: Any) -> Any:
+    parts = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    shape = torch.broadcast_shapes(*(part.shape for part in parts))
+    if any(isinstance(part, LazyLogits) and (part.shape != shape or live_formula(part) is None) for part in parts):
+        return NotImplemented
+    return tuple(part if isinstance(part, LazyLogits) else part.expand(shape) for part in parts)

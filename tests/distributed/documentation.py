@@ -10,7 +10,7 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import graphfuse
-from tests.distributed.harness import OPTIONS, TOKENS, WORLD, call, case, llama
+from tests.distributed.harness import TOKENS, WORLD, call, case, llama
 
 PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 
@@ -20,7 +20,7 @@ def documentation_runs():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 5
     rank, names = distributed.get_rank(), {"graphfuse": graphfuse, "torch": torch}
-    optimize = partial(graphfuse.optimize, **OPTIONS)
+    optimize = partial(graphfuse.optimize, inner="eager", strict=True)
     with mock.patch("graphfuse.api.optimize", optimize), torch._dynamo.config.patch(optimize_ddp=True):
         for block in blocks:
             torch._dynamo.reset()

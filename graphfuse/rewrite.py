@@ -32,7 +32,8 @@ def obstacle(match: Match, shadow: Shadow) -> Refusal | None:
     region = shadow.cone(match.outputs, match.inputs)
     for value in (*match.inputs, *region):
         if is_traceable_wrapper_subclass(value.tensor):
-            return f"{value.node.name}: expected a plain tensor, got a {type(value.tensor).__name__}"
+            kind = type(value.tensor).__name__
+            return _refuse(match, f"{value.node.name}: expected a plain tensor, got a {kind}")
     for value in match.outputs:
         if value not in shadow.node_of:
             reason = f"output: expected the result of a graph node, got a value inside {value.node.name}"

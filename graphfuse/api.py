@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from graphfuse import record
 from graphfuse.backend import Backend, calls, pattern_names
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.config import Config
+from graphfuse.errors import GraphfuseWarning
 from graphfuse.reporting import Report
 from graphfuse.verify import Verified
 
@@ -83,6 +86,7 @@ def optimize(
             model._compiled_call_impl = torch.compile(_framed(model), options=options, **settings)
         else:
             model.compile(options=options, **settings)
+        model.__dict__["_replicate_for_data_parallel"] = _Replicas(model)
         if verify:
             compiled_call: Any = model._compiled_call_impl
             model._compiled_call_impl = Verified(model, compiled_call)
@@ -101,6 +105,30 @@ def _framed(model: nn.Module) -> Callable[..., Any]:
         return model._call_impl(*args, **kwargs)
 
     return framed
+
+
+class _Replicas:
+    """Makes the replicas that `nn.DataParallel` runs on other devices: not compiled, as compiled code has the original.
+
+    A copy of the model, or a pickle, is not compiled, and knows nothing of this.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> nn.Module:
+        warnings.warn(
+            "graphfuse: DataParallel: expected one process for each device, got replicas of a compiled model, which "
+            "run uncompiled; use DistributedDataParallel (torchrun), or let the process see one device",
+            GraphfuseWarning,
+            stacklevel=2,
+        )
+        replica: nn.Module = type(self.model)._replicate_for_data_parallel(self.model)
+        replica._compiled_call_impl = None
+        return replica
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (type(self.model)._replicate_for_data_parallel, self.model)
 
 
 def report(model: Callable[..., Any]) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from torch._dynamo.utils import dynamo_timed
 
 from graphfuse import logs
 from graphfuse.breaks import ignore_messages_said_once
+from graphfuse.buckets import split_of
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import gather
@@ -30,6 +32,7 @@ from graphfuse.patterns import CATALOGUE
 from graphfuse.policy import left_to_inductor
 from graphfuse.record import GraphRecord, keep
 from graphfuse.replay import record as record_shadow
+from graphfuse.reporting import Site
 from graphfuse.rewrite import rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of
 
@@ -92,8 +95,14 @@ def compile_graph(
     graph_record = GraphRecord(graph_module, example_inputs, owner)
     compiled = graph_record.watch(_compile(graph_module, example_inputs, config, graph_record))
     keep(graph_record)  # not before: Dynamo may abandon a graph and start over
-    model = graph_record.root() if graph_record.root is not None else None
-    logs.tell(graph_record.graph, graph_record.sites, graph_record.notes, model)
+    logs.tell(graph_record.graph, graph_record.sites, graph_record.notes)
+    split = graph_record.split
+    if split is not None:
+        split.add(graph_record.sites)
+    says_something = bool(graph_record.sites or graph_record.parameters)  # a graph may hold no more than a mask
+    if graph_record.root is not None and (says_something if split is None else split.is_complete):
+        sites, notes = (graph_record.sites, []) if split is None else (split.sites, split.notes)
+        logs.announce(graph_record.root(), sites, [*graph_record.notes, *notes])
     return compiled
 
 
@@ -104,6 +113,7 @@ def _compile(
     try:
         # A checkpoint around the call that compiles counts what is saved: replay and proofs are not part of it.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            graph_record.split = split_of(graph_module, functools.partial(_sites, config=config))
             plan = rewrite_graph(graph_module, example_inputs, config, graph_record)
     except Exception as error:
         if config.strict:
@@ -122,6 +132,13 @@ def _compile(
         compiled = compile_inner(original, example_inputs, config)  # fails too if it is not our doing
         _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
         return compiled
+
+
+def _sites(graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Site]:
+    """What would be rewritten in a graph that somebody else has cut into pieces."""
+    graph_record = GraphRecord(graph_module, example_inputs)
+    rewrite_graph(_duplicate(graph_module), example_inputs, config, graph_record)
+    return graph_record.sites
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def set_up() -> None:
         log.propagate = False
 
 
-def tell(graph: str, sites: list[Site], notes: list[str], model: nn.Module | None) -> None:
-    """Log one compiled graph; for the first one of a model, also where nobody has asked for logs."""
+def tell(graph: str, sites: list[Site], notes: list[str]) -> None:
+    """Log one compiled graph."""
     report = Report(list(sites), list(notes))
     for site in sites:
         log.debug("[%s] %s %s at %s (%s): %s", graph, site.pattern, site.status, site.module, site.source, _what(site))
@@ -56,11 +56,16 @@ def tell(graph: str, sites: list[Site], notes: list[str], model: nn.Module | Non
     trace_structured_artifact(
         name="graphfuse_report", encoding="json", payload_fn=lambda: json.dumps(report.to_dict(), indent=2)
     )
+
+
+def announce(model: nn.Module | None, sites: list[Site], notes: list[str]) -> None:
+    """Say one line about a model, when its first graph is compiled and where nobody has asked for logs."""
     if model is None or model in _announced:
         return
     _announced.add(model)
     if _nobody_listens() and os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{report.totals()} ({type(model).__name__}; graphfuse.report(model) says more)\n")
+        line = f"{Report(sites).totals()} ({type(model).__name__}; graphfuse.report(model) says more)"
+        sys.stderr.write("\n".join([line, *(f"graphfuse: {note}" for note in notes if note.startswith("DDP"))]) + "\n")
 
 
 def _nobody_listens() -> bool:

@@ -12,6 +12,7 @@ a backward.
 from __future__ import annotations
 
 from graphfuse.kernels._packed_glu import packed_glu
+from graphfuse.kernels._vocab_parallel import vocab_parallel_cross_entropy
 from graphfuse.kernels.add_rms_norm import add_rms_norm, rms_norm_add
 from graphfuse.kernels.glu import glu
 from graphfuse.kernels.layer_norm import layer_norm
@@ -31,4 +32,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_add",
     "rope",
+    "vocab_parallel_cross_entropy",
 ]

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._guards import CompileContext
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from graphfuse.buckets import Split
 from graphfuse.evidence import Evidence
 from graphfuse.match import Match, Refusal
 from graphfuse.origin import module_class, module_path, source_line, source_path
@@ -22,7 +24,8 @@ class GraphRecord:
     """One compiled graph: its sites, and the parameters that tell whose it is.
 
     A graph of a layer may serve all equal layers, whose parameters are then its inputs in turn. They are told apart by
-    one parameter, the `marker`.
+    one parameter, the `marker`. FSDP puts other parameters in the place of a module's own while that runs: markers are
+    looked up by name as well, which they have at that time.
     """
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], owner: object = None) -> None:
@@ -34,19 +37,19 @@ class GraphRecord:
         self.root = _outermost_module()
         self.sites: list[Site] = []
         self.notes: list[str] = []
+        self.split: Split | None = None
         self.parameters: Any = WeakIdKeyDictionary()  # used as a set
         self.marker = next((k for k, value in enumerate(example_inputs) if isinstance(value, nn.Parameter)), None)
         self.marker_path = ""  # from the module whose frame was compiled
-        self.markers: list[weakref.ref[Tensor]] = []
+        self.markers: list[tuple[weakref.ref[Tensor], str]] = []  # with their names in `root`
         for value in example_inputs:
-            if isinstance(value, nn.Parameter):
+            if _is_real(value):
                 self.parameters[value] = None
         if self.marker is not None:
             placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
             self.marker_path = source_path(placeholders[self.marker])
-            self.markers.append(weakref.ref(example_inputs[self.marker]))
-        # Some wrappers hide the parameters from the backend: such a graph may be anybody's.
-        self.anonymous = not self.parameters and owner is None
+            if _is_real(example_inputs[self.marker]):
+                self._mark(example_inputs[self.marker])
 
     def replaces(self, other: GraphRecord) -> bool:
         """Whether Dynamo abandoned the other graph, and started over with this one."""
@@ -55,36 +58,62 @@ class GraphRecord:
         return context is not None and context is theirs and other.attempt < self.attempt
 
     def may_be_of(self, model: nn.Module) -> bool:
-        """Whether nothing speaks against a graph without parameters being one of the model's."""
-        if not self.anonymous or self.root is None:
-            return self.anonymous
+        """Whether nothing speaks against a graph being one of the model's where parameters do not tell.
+
+        Some wrappers hide them from the backend, or show it others than the model has afterwards.
+        """
+        if self.owner is not None or self.root is None:
+            return self.owner is None and not self.parameters
         root = self.root()
-        return root is not None and (root in model.modules() or model in root.modules())
+        if root is None:
+            return False
+        own = {id(parameter) for parameter in root.parameters()}
+        if any(id(parameter) in own for parameter in self.parameters):
+            return False
+        if model is root or root in model.modules():
+            return True
+        names = [name for _, name in self.markers]
+        return model in root.modules() and (not names or any(_seen_from(model, root, name) for name in names))
 
     def watch(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, noting for which module each call is."""
         position = self.marker
         if position is None or not self.sites:
             return compiled
-        seen = {id(marker()) for marker in self.markers}
+        seen = {id(marker()) for marker, _ in self.markers}
 
         def call(*args: Any) -> Any:
             marker = args[position]
-            if id(marker) not in seen:
+            if id(marker) not in seen and _is_real(marker):
                 seen.add(id(marker))
-                self.markers.append(weakref.ref(marker))
+                self._mark(marker)
                 self.parameters[marker] = None
             return compiled(*args)
 
         return call
 
-    def instances(self, names: Mapping[int, Sequence[str]]) -> list[str]:
-        """The paths of the modules that the graph has run for; `names` are those of a model's parameters, by id."""
-        paths = []
-        for marker in self.markers:
+    def _mark(self, marker: Tensor) -> None:
+        root = None if self.root is None else self.root()
+        named = () if root is None else root.named_parameters(remove_duplicate=False)
+        found = [_plain_path(name) for name, parameter in named if parameter is marker]
+        name = next((name for name in found if name.endswith(self.marker_path)), "")
+        self.markers.append((weakref.ref(marker), name))
+
+    def instances(self, model: nn.Module | None, names: Mapping[int, Sequence[str]]) -> list[tuple[int, str]]:
+        """For which modules the graph has run: the id of the marker, and the path in `model`, as far as it is known.
+
+        `names` are those of the model's parameters, by id.
+        """
+        root = None if self.root is None else self.root()
+        found: list[tuple[int, str]] = []
+        others: list[tuple[int, str]] = []
+        for marker, name_in_root in self.markers:
             full = next((n for n in names.get(id(marker()), ()) if n.endswith(self.marker_path)), None)
-            paths.append("" if full is None else full[: len(full) - len(self.marker_path)].rstrip("."))
-        return paths or [""]
+            if full is None and model is not None and root is not None:
+                full = _seen_from(model, root, name_in_root)
+            path = full[: len(full) - len(self.marker_path)].rstrip(".") if full else ""
+            (found if full else others).append((id(marker()), path))
+        return found or others or [(0, "")]
 
     def add(self, found: Match | Refusal, evidence: Evidence | None = None) -> None:
         """Note a rewritten match, with what is known of it besides, or a refusal."""
@@ -117,6 +146,29 @@ class GraphRecord:
         self.sites.append(Site(found.pattern, "rewritten", found.variant, params, **known))
 
 
+def _is_real(value: Any) -> bool:
+    """Whether it is a parameter of a model: what compiles a graph piece by piece calls the pieces with fake ones."""
+    return isinstance(value, nn.Parameter) and not isinstance(value, FakeTensor)
+
+
+def _plain_path(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _seen_from(model: nn.Module, root: nn.Module, name: str) -> str | None:
+    """The name that a parameter of `root` has in `model`, where one contains the other; `None` if it is not in both."""
+    if not name or model is root:
+        return name or None
+    for path, module in root.named_modules():
+        if module is model:
+            prefix = _plain_path(f"{path}.")
+            return name.removeprefix(prefix) if name.startswith(prefix) else None
+    for path, module in model.named_modules():
+        if module is root:
+            return _plain_path(f"{path}.{name}")
+    return None
+
+
 def _outermost_module() -> weakref.ref[nn.Module] | None:
     """The module whose call led to this compilation: its graphs belong together, also where they share no weight."""
     found: nn.Module | None = None
@@ -125,6 +177,7 @@ def _outermost_module() -> weakref.ref[nn.Module] | None:
         if frame.f_code is nn.Module._wrapped_call_impl.__code__:
             found = frame.f_locals.get("self", found)
         frame = frame.f_back
+    found = getattr(found, "_orig_mod", found)  # what torch.compile returns may be gone before the model is
     return None if found is None else weakref.ref(found)
 
 
@@ -140,8 +193,9 @@ def report_of(model: nn.Module) -> Report:
     """One report over all graphs that were compiled with a parameter of `model`."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.replace("_orig_mod.", ""))
-    return _merge((r for r in _records if r.may_be_of(model) or any(id(p) in names for p in r.parameters)), names)
+        names.setdefault(id(parameter), []).append(_plain_path(name))
+    own = (r for r in _records if r.may_be_of(model) or any(id(p) in names for p in r.parameters))
+    return _merge(own, model, names)
 
 
 def report_of_owner(owner: object) -> Report:
@@ -162,18 +216,24 @@ def last() -> Report:
     return _merge(r for r in _records if r is newest or any(id(p) in own for p in r.parameters))
 
 
-def _merge(records: Iterable[GraphRecord], names: Mapping[int, Sequence[str]] | None = None) -> Report:
+def _merge(
+    records: Iterable[GraphRecord], model: nn.Module | None = None, names: Mapping[int, Sequence[str]] | None = None
+) -> Report:
     """All sites, once for every module that their graph has run for."""
     report = Report()
     numbers: dict[int, int] = {}  # of modules whose path is not known
+    splits: dict[str, Split] = {}  # the newest of each frame
     for record in records:
-        markers = [id(marker()) for marker in record.markers] or [0]
-        for marker, path in zip(markers, record.instances(names or {}), strict=True):
+        if record.split is not None:
+            splits[record.graph.rpartition("/")[0]] = record.split
+        for marker, path in record.instances(model, names or {}):
             instance = path or f"#{numbers.setdefault(marker, len(numbers))}"
             for site in record.sites:
                 module = ".".join(part for part in (path, site.module) if part)
                 report.sites.append(replace(site, module=module, instance=instance))
         report.notes.extend(note for note in record.notes if note not in report.notes)
+    for split in splits.values():
+        report.notes.extend(note for note in split.notes if note not in report.notes)
     return report
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import dynamo_timed
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from graphfuse.certify import certify
@@ -29,6 +30,10 @@ IN_ORDER = "compute it before the results that are used together with it"
 def obstacle(match: Match, shadow: Shadow) -> Refusal | None:
     """Why the region cannot be replaced as a whole, or `None` if it can."""
     region = shadow.cone(match.outputs, match.inputs)
+    for value in (*match.inputs, *region):
+        if is_traceable_wrapper_subclass(value.tensor):
+            kind = type(value.tensor).__name__
+            return _refuse(match, f"{value.node.name}: expected a plain tensor, got a {kind}")
     for value in match.outputs:
         if value not in shadow.node_of:
             reason = f"output: expected the result of a graph node, got a value inside {value.node.name}"

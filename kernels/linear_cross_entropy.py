@@ -145,7 +145,7 @@ def linear_cross_entropy(
     if logits_dtype is not None and logits_dtype not in DTYPES:
         raise TypeError(f"logits_dtype: expected fp16, bf16, fp32 or fp64, got {logits_dtype}")
     logits_dtype = logits_dtype or compute_dtype(hidden.dtype)
-    head = _prepare(hidden, weight, target, bias, low_rank, class_weight, logit_scale, softcap, chunk_size, compact)
+    head = prepare(hidden, weight, target, bias, low_rank, class_weight, logit_scale, softcap, chunk_size, compact)
 
     target = target.reshape(-1).to(torch.int64)
     counted = target != ignore_index
@@ -219,7 +219,7 @@ def linear_log_probs(
     Numerics: as in `linear_cross_entropy`; backward computes the logits again.
     Source: Liger-Kernel, https://arxiv.org/abs/2410.10989
     """
-    head = _prepare(hidden, weight, target, bias, low_rank, None, logit_scale, softcap, chunk_size, compact)
+    head = prepare(hidden, weight, target, bias, low_rank, None, logit_scale, softcap, chunk_size, compact)
     target = target.reshape(-1).to(torch.int64)
     target = torch.where(target != ignore_index, target, NO_TARGET)
     found = head.each(target, None, skip=True, wants=(True, False, False))
@@ -268,7 +268,7 @@ def _is_autocast(hidden: Tensor) -> bool:
     return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
 
 
-def _prepare(
+def prepare(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -280,6 +280,7 @@ def _prepare(
     chunk_size: int | None,
     compact: bool | None,
 ) -> _Head:
+    """Check arguments that several functions share, and cast them as autocast asks for."""
     low_hidden, low_weight = low_rank or (None, None)
     if _is_autocast(hidden):
         dtype = torch.get_autocast_dtype(hidden.device.type)

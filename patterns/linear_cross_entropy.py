@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphfuse.evaluate import roots
 from graphfuse.kernels import linear_cross_entropy as _  # noqa: F401  (registers the ops)
@@ -284,6 +285,10 @@ def _what_lies_between(value: Value, trails: Sequence[Trail]) -> str | None:
         if not operands or any(operand in trail for trail in trails for operand in operands):
             return f"logits: expected casts, scales, a soft-cap and row slices of a matrix product, got {below.op}"
         below = operands[0]
+    made_of = [node.meta.get("example_value") for node in below.node.all_input_nodes]
+    for tensor in (below.tensor, *made_of):
+        if is_traceable_wrapper_subclass(tensor):
+            return f"logits: expected a matrix product of plain tensors, got a {type(tensor).__name__}"
     return "logits: expected a matrix product in the same graph, got an input of the graph"
 
 

@@ -136,7 +136,8 @@ def test_wheel_holds_graphfuse_alone(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert {name.split("/")[0] for name in names} == {"graphfuse", f"graphfuse-{version}.dist-info"}
-    expected = {f"graphfuse/{path.name}" for path in (ROOT / "graphfuse").glob("*.py")} | {"graphfuse/py.typed"}
+    top = [*(ROOT / "graphfuse").glob("*.py"), *(ROOT / "graphfuse").glob("*.t*")]
+    expected = {f"graphfuse/{path.name}" for path in top}
     for folder in ("kernels", "patterns"):
         expected |= {f"graphfuse/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     for folder in ("bench", "integrations", "lazy", "reporting"):

@@ -381,3 +381,15 @@ def test_messages_said_once_do_not_break_the_graph(tokens):
         assert graphfuse.report(compiled).counts == {"linear_cross_entropy": 1}
     finally:
         del logging.Logger.say_once
+
+
+def test_a_hook_leaves_logits_unread_and_sees_their_gradient(tokens):
+    """As FSDP hangs one on every output."""
+    model, compiled = pair()
+    _, logits = compiled(tokens, tokens)
+    logits.register_hook(lambda grad: 3 * grad)
+    assert not materialised
+    _, eager = model(tokens, tokens)
+    ours, theirs = gradients(compiled, logits.float().cos().sum()), gradients(model, 3 * eager.float().cos().sum())
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().amax()))

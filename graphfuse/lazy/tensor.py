@@ -26,6 +26,7 @@ materialised: Counter[str] = Counter()
 _HERE = Path(__file__).resolve().parent
 _SAME = {aten.detach.default, aten.alias.default}
 _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
+_HOOKS = {Tensor.register_hook}  # FSDP hangs one on every output
 
 
 class Source:
@@ -133,6 +134,8 @@ class LazyLogits(Tensor):
                     return None
             elif compiling or func == _GRAD:
                 return func(*args, **kwargs)
+            if func in _HOOKS and not args[0].source.is_read:
+                return func(*args, **kwargs)  # from now on, values are read by way of this tensor's own history
             if func in FUNCTIONS:
                 result = FUNCTIONS[func](*args, **kwargs)
                 if result is not NotImplemented:
@@ -230,8 +233,8 @@ def plain(tensor: LazyLogits, *, with_parent: bool = False) -> Tensor:
 
 
 def _is_ours(tensor: LazyLogits) -> bool:
-    """Whether the autograd history is that of the formula, and nothing else's."""
-    return getattr(tensor.grad_fn, "source", None) is tensor.source
+    """Whether the autograd history is that of the formula, and nothing else's: no hook waits for the gradient."""
+    return getattr(tensor.grad_fn, "source", None) is tensor.source and not tensor._backward_hooks
 
 
 class _Bridge(torch.autograd.Function):

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _op
 from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, TokenLosses, scale_triton_
-from graphfuse.kernels._token_chunks import Chunks, Head, Needs, compute_dtype, run_chunks
+from graphfuse.kernels._token_chunks import Chunks, Head, Needs, run_chunks
 from graphfuse.kernels._triton import HAS_TRITON
-
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 # The fields of `Head`, `Factors` and `Needs`, in their order: the first two are passed flat.
 _HEAD = (
@@ -35,17 +34,17 @@ _GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 torch.library.define(
     "graphfuse::linear_cross_entropy",
     f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}) -> (Tensor, {_GRADS})",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::linear_token_losses",
     f"({_HEAD}, {_OPTIONS}, bool want_nll, bool want_smooth, bool want_lse, bool skip) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::linear_token_losses_backward",
     f"(Tensor? nll_grad, Tensor? smooth_grad, Tensor? lse_grad, {_HEAD}, {_OPTIONS}, {_NEEDS}) -> ({_GRADS})",
-    tags=_TAGS,
+    tags=_op.TAGS,
 )
 
 
@@ -56,11 +55,6 @@ def _saved_dtype(dtype: torch.dtype) -> torch.dtype:
     underflow, so it waits in fp32.
     """
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _launches(hidden: Tensor) -> bool:
-    """Whether the kernel runs, rather than the reference."""
-    return hidden.is_cuda and HAS_TRITON and hidden.dtype != torch.float64
 
 
 def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -75,7 +69,7 @@ def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
         _saved_dtype(head.hidden.dtype),
     )
     square = None if factors.square is None or losses.lse is None else losses.lse.square()
-    loss = head.hidden.new_zeros((), dtype=compute_dtype(head.hidden.dtype))
+    loss = head.hidden.new_zeros((), dtype=_op.compute_dtype(head.hidden.dtype))
     for factor, each in zip(factors, (*losses, square), strict=True):
         if factor is not None and each is not None:
             loss += torch.where(factor == 0, 0, factor * each).sum()
@@ -84,7 +78,7 @@ def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
 
 def _each_forward(*args: Any) -> tuple[Tensor, ...]:
     head, options, wants, skip = Head(*args[:7]), args[7:11], args[11:14], args[14]
-    compute = compute_dtype(head.hidden.dtype)
+    compute = _op.compute_dtype(head.hidden.dtype)
     factors = Factors((head.target != NO_TARGET).to(compute)) if skip else None
     losses, _ = _run(head, factors, options, wants, Needs(), head.hidden.dtype)
     return tuple(head.hidden.new_empty(0, dtype=compute) if each is None else each for each in losses)
@@ -105,7 +99,7 @@ def _run(
     grad_dtype: torch.dtype,
 ) -> tuple[TokenLosses, tuple[Tensor, ...]]:
     logits, chunks = Logits(*options[:2]), Chunks(*options[2:])
-    return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=_launches(head.hidden))
+    return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=_op.launches(head.hidden))
 
 
 def _empty_grads(head: Head, dtype: torch.dtype, needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -132,13 +126,13 @@ torch.library.impl("graphfuse::linear_token_losses_backward", "default", _each_b
 
 @torch.library.register_fake("graphfuse::linear_cross_entropy")
 def _(hidden, *args: Any):
-    loss = hidden.new_empty((), dtype=compute_dtype(hidden.dtype))
+    loss = hidden.new_empty((), dtype=_op.compute_dtype(hidden.dtype))
     return loss, *_empty_grads(Head(hidden, *args[:6]), _saved_dtype(hidden.dtype), args[-1])
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses")
 def _(hidden, *args: Any):
-    compute = compute_dtype(hidden.dtype)
+    compute = _op.compute_dtype(hidden.dtype)
     return tuple(hidden.new_empty(hidden.shape[0] if want else 0, dtype=compute) for want in args[-4:-1])
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._low_rank import LowRank
+from graphfuse.kernels._op import compute_dtype
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
     ROW_MULTIPLE,
@@ -223,11 +224,6 @@ def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     if bias is None:
         return torch.mm(x, weight.t(), out=logits)
     return torch.addmm(bias, x, weight.t(), out=logits)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the losses, and of all arithmetic between the GEMMs, for tensors of a dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check_targets(target: Tensor, vocab: int, factors: Factors) -> None:

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _head_ops as _  # noqa: F401  (registers the ops)
+from graphfuse.kernels._op import DTYPES, compute_dtype
 from graphfuse.kernels._softmax_grad import NO_TARGET
-from graphfuse.kernels._token_chunks import compute_dtype
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference", "linear_log_probs"]
 
 REDUCTIONS = ("mean", "sum", "none")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LossOptions(NamedTuple):

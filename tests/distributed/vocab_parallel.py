@@ -8,7 +8,7 @@ import torch
 from torch import distributed
 
 from graphfuse import ops
-from graphfuse.kernels import _head_ops
+from graphfuse.kernels import _op
 from tests.distributed.harness import case
 
 VOCABULARY, CUT, FEATURES = 77, 45, 24  # the second process has fewer classes
@@ -66,7 +66,7 @@ def vocab_parallel_is_the_op_of_one_process():
 
 @case
 def vocab_parallel_runs_the_kernel():
-    with mock.patch.object(_head_ops, "_launches", return_value=True):
+    with mock.patch.object(_op, "launches", return_value=True):
         compare(shape=(9,), softcap=5.0, logit_scale=0.7, chunk_size=8)
         compare(shape=(5,), reduction="none", z_loss=1e-2)
 

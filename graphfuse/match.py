@@ -150,6 +150,19 @@ def unrounded(value: Value) -> Value:
     return value
 
 
+def unreachable(value: Value, shadow: Shadow) -> Value | None:
+    """What keeps a value inside a node from being made again in the graph: that takes casts, copies and whole slices.
+
+    Whether `x[:, :, None]` slices x first is up to torch: it does under some of its tracing modes.
+    """
+    while value not in shadow.node_of:
+        is_whole = value.op is aten.slice.Tensor and value.shape == value.args[0].shape
+        if not is_whole and value.op not in CASTS | IDENTITIES:
+            return value
+        value = value.args[0]
+    return None
+
+
 def narrows(value: Value) -> bool:
     """Whether the value is a cast to a dtype of fewer bits, and so a rounding."""
     return is_cast(value) and value.dtype.itemsize < value.args[0].dtype.itemsize

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from graphfuse.certify import certify
-from graphfuse.match import CASTS, IDENTITIES, Match, Refusal
+from graphfuse.match import Match, Refusal, unreachable
 from graphfuse.shadow import LEAF, Shadow, Value, hint, storage_key
 
 TAKE_APART = "call the operations that it is made of one by one"
@@ -39,7 +39,7 @@ def obstacle(match: Match, shadow: Shadow) -> Refusal | None:
             reason = f"output: expected the result of a graph node, got a value inside {value.node.name}"
             return _refuse(match, reason, TAKE_APART)
     for value in match.inputs:
-        if (inside := _unreachable(value, shadow)) is not None:
+        if (inside := unreachable(value, shadow)) is not None:
             reason = f"input: expected the result of a graph node, got a value inside {inside.node.name}"
             return _refuse(match, reason, TAKE_APART)
     for value in region:
@@ -54,15 +54,6 @@ def obstacle(match: Match, shadow: Shadow) -> Refusal | None:
 
 def _refuse(match: Match, reason: str, hint: str = "") -> Refusal:
     return Refusal(match.pattern, match.anchor, reason, match.covers, hint)
-
-
-def _unreachable(value: Value, shadow: Shadow) -> Value | None:
-    """What keeps an input inside a node from being made again in the graph: that takes casts and copies alone."""
-    while value not in shadow.node_of:
-        if value.op not in CASTS | IDENTITIES:
-            return value
-        value = value.args[0]
-    return None
 
 
 def _mutation(match: Match, region: Sequence[Value], shadow: Shadow) -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, fingerprint, small_sizes
 from graphfuse.kernels.rope import rope_reference
-from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, rounded, short, strip, unrounded
+from graphfuse.match import CASTS, INDEXING, Match, Pattern, Refusal, narrows, rounded, short, unreachable, unrounded
 from graphfuse.shadow import LEAF, Shadow, Value
 
 aten = torch.ops.aten
@@ -225,7 +225,7 @@ def _tables(products: Products, data_root: Value, shadow: Shadow) -> Iterator[tu
     frontier = dict.fromkeys(unrounded(value) for value in nearest)
     while True:
         wanted = 1 if any(value.dtype.is_complex for value in frontier) else 2
-        if len(frontier) == wanted and all(_has_node(value, shadow) for value in frontier):
+        if len(frontier) == wanted and all(unreachable(value, shadow) is None for value in frontier):
             yield tuple(frontier)
         opened = max((value for value in frontier if _opens(value)), key=lambda v: v.index, default=None)
         if opened is None:
@@ -244,11 +244,6 @@ def _nearest_common(values: list[Value]) -> Value:
     return frontier.pop()
 
 
-def _has_node(value: Value, shadow: Shadow) -> bool:
-    """Whether a graph node returns the value, casts aside: only those can be inputs of a replacement."""
-    return strip(value) in shadow.node_of
-
-
 def _opens(table: Value) -> bool:
     """Whether what the table is a rearrangement of may stand for it: not where rounding lies between."""
     return bool(_moved(table)) and not narrows(table)
@@ -259,7 +254,7 @@ def _source(output: Value, products: Products, tables: tuple[Value, ...], shadow
     frontier, closed = {output}, set(products)
     while True:
         value = max(frontier, key=lambda v: v.index)
-        fits = value.shape == output.shape and not value.dtype.is_complex and _has_node(value, shadow)
+        fits = value.shape == output.shape and not value.dtype.is_complex and unreachable(value, shadow) is None
         if len(frontier) == 1 and not closed and fits:
             return unrounded(value)
         frontier.remove(value)

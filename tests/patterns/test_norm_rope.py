@@ -210,3 +210,17 @@ def test_leaves_the_rest_as_two_ops(spelling, verify):
 def test_leaves_more_heads_than_a_program_holds(verify, monkeypatch):
     monkeypatch.setattr("graphfuse.kernels._norm_rope_launch.MAX_ACROSS", 32)
     assert sorted(names(verify(across_heads, problem(across=True)))) == ["rms_norm", "rope"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_follows_torchs_own_norm(dtype):
+    """Its last cast lies inside one graph node."""
+
+    def step(q, weight, cos, sin):
+        return rotate(F.rms_norm(q, (q.shape[-1],), weight, 1e-6), cos, sin)
+
+    q, weight = torch.randn(2, 4, 8, 16, dtype=dtype, requires_grad=True), torch.ones(16, dtype=dtype)
+    angle = torch.randn(8, 16)
+    compiled = graphfuse.optimize(step, inner="eager", strict=True)
+    compiled(q, weight.requires_grad_(), angle.cos().to(dtype), angle.sin().to(dtype)).sum().backward()
+    assert graphfuse.report(compiled).counts == {"rms_norm": 1, "rope": 1}

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("graphfuse/cli.py", "graphfuse/inspect.py", "graphfuse/bench/")  # run models that the user names
+# Run models that the user names, or stand between graphfuse and a library that has their names.
+COMMANDS = ("graphfuse/cli.py", "graphfuse/inspect.py", "graphfuse/bench/", "graphfuse/integrations/")
 FILES = sorted(
     path
     for folder in ("graphfuse", "patterns")

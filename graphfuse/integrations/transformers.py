@@ -82,8 +82,8 @@ class GraphfuseCallback(TrainerCallback):
             return
         if args.n_gpu > 1:
             warnings.warn(
-                "graphfuse: n_gpu: expected 1, as the replicas of torch.nn.DataParallel would call the compiled"
-                f" original, got {args.n_gpu}; the model is not compiled. Start with torchrun or accelerate launch, or"
+                "graphfuse: n_gpu: expected 1, as the replicas of torch.nn.DataParallel run uncompiled, got"
+                f" {args.n_gpu}; the model is not compiled. Start with torchrun or accelerate launch, or"
                 " set CUDA_VISIBLE_DEVICES to one GPU.",
                 GraphfuseWarning,
                 stacklevel=2,

@@ -132,12 +132,6 @@ def test_warns_of_data_parallel_and_does_not_compile(tmp_path):
     assert model._compiled_call_impl is None
 
 
-def test_replicas_of_a_compiled_module_call_the_original():
-    """Why: should this ever fail, torch has learned to replicate compiled modules, and the warning can go."""
-    model = graphfuse.optimize(torch.nn.Linear(2, 2), inner="eager")
-    assert model._replicate_for_data_parallel()._compiled_call_impl is model._compiled_call_impl
-
-
 def test_saves_reloads_and_generates(tmp_path):
     made = trainer(tmp_path, language_model(), callback(), save_strategy="steps", save_steps=3)
     made.train()

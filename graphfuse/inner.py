@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.utils import dynamo_timed
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphfuse.config import Config
@@ -24,6 +25,7 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
     if config.inner == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
+        _shorten_messages()
         patches = dict(config.inner_options)
         if config.mode is not None and config.mode != "default":
             patches = {**torch._inductor.list_mode_options(config.mode), **patches}
@@ -35,6 +37,24 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
         compiled = torch._dynamo.lookup_backend(config.inner)(graph_module, list(example_inputs))
     result: Callable[..., Any] = compiled
     return result
+
+
+def _shorten_messages() -> None:
+    """Have Inductor's messages name the operands of an op, not what they were made of.
+
+    It writes an operand with all that it was made of, except where it generates a loop, and with that many times over
+    what several ops read. A model whose layers are nothing but matrix products, attention and graphfuse's ops is
+    written 17 times as long for each layer more: and torch 2.11 writes the operands of any op that it has no lowering
+    for, at its first use, whether somebody logs them or not. Four layers would compile for half an hour.
+    """
+    from torch._inductor import exc, ir
+
+    def operator_str(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+        named = {**{f"args[{i}]": arg for i, arg in enumerate(args)}, **kwargs}
+        operands = (f"    {name}: {tree_map_only(ir.IRNode, lambda node: type(node).__name__, operand)}" for name, operand in named.items())
+        return "\n".join([f"  target: {target}", *operands])
+
+    exc.OperatorIssue.operator_str = staticmethod(operator_str)  # type: ignore[method-assign]
 
 
 # What AOTAutograd's partitioner may compute again in backward, beside the ops below. It never recomputes a matrix

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.lowering import register_lowering
 from torch._inductor.utils import fresh_cache
 
 import graphfuse
@@ -129,3 +130,36 @@ def test_keeps_for_backward(memory, kept):
     assert graphfuse.report(block).counts["rms_norm"] == 2
     assert sum(saved.values()) / TOKENS == kept
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [x, *block.parameters()]), expected)
+
+
+def test_messages_do_not_grow_with_every_layer():
+    """Inductor writes the operands of an op that it fails on: with all that they were made of, 9 times as long a layer."""
+
+    class Failing(Exception):
+        pass
+
+    @torch.library.custom_op("graphfuse_tests::last", mutates_args=())
+    def last(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    last.register_fake(torch.empty_like)
+
+    @register_lowering(torch.ops.graphfuse_tests.last.default, type_promotion_kind=None)
+    def fail(x):
+        raise Failing("here")
+
+    weight = torch.randn(8, 8)
+
+    def model(x, depth):
+        for _ in range(depth):
+            x = F.linear(F.rms_norm(x, (8,)), weight) @ F.linear(x, weight)
+        return last(x)
+
+    def message(depth):
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="Failing: here") as caught:
+            graphfuse.optimize(lambda x: model(x, depth), strict=True)(torch.randn(8, 8))
+        return str(caught.value)
+
+    assert "target: graphfuse_tests.last.default" in message(1)
+    assert len(message(4)) < 2 * len(message(1))

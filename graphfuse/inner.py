@@ -51,8 +51,8 @@ def _shorten_messages() -> None:
 
     def operator_str(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
         named = {**{f"args[{i}]": arg for i, arg in enumerate(args)}, **kwargs}
-        operands = (f"    {name}: {tree_map_only(ir.IRNode, lambda node: type(node).__name__, operand)}" for name, operand in named.items())
-        return "\n".join([f"  target: {target}", *operands])
+        named = tree_map_only(ir.IRNode, lambda node: type(node).__name__, named)
+        return "\n".join([f"  target: {target}", *(f"    {name}: {operand}" for name, operand in named.items())])
 
     exc.OperatorIssue.operator_str = staticmethod(operator_str)  # type: ignore[method-assign]
 

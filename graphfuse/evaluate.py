@@ -140,10 +140,11 @@ def evaluate(
             try:
                 # At small sizes a tensor may have other strides: what was a view there can be a copy here.
                 result = args[0].reshape(args[1]) if value.op in VIEWS else value.op(*args, **kwargs)
+                # A tensor cut into pieces of a given size may have fewer pieces then.
+                results[value] = result[value.output] if isinstance(result, (tuple, list)) else result
             except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
                 message = str(error).splitlines()[0]
                 raise CannotEvaluate(f"{value.node.name}: expected {value.op} to run, got: {message}") from error
-        results[value] = result[value.output] if isinstance(result, (tuple, list)) else result
     return results
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphfuse.config import Config
+from graphfuse.overwrite import name_of, overwrite
 
 
 @dynamo_timed("graphfuse.inner")
@@ -29,8 +30,11 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
         patches = dict(config.inner_options)
         if config.mode is not None and config.mode != "default":
             patches = {**torch._inductor.list_mode_options(config.mode), **patches}
-        user = torch._inductor.config.joint_custom_pre_pass
-        patches["joint_custom_pre_pass"] = JointPass(config.memory, user)
+        inductor = torch._inductor.config
+        patches["joint_custom_pre_pass"] = JointPass(config.memory, inductor.joint_custom_pre_pass)
+        if not config.captures:  # a captured backward does not write over what a captured forward left for it
+            patches["post_grad_custom_post_pass"] = BackwardPass(inductor.post_grad_custom_post_pass)
+            patches.setdefault("reorder_for_peak_memory", inductor.reorder_for_peak_memory)  # set back after the pass
         with torch._functorch.config.patch(PARTITIONER[config.memory]):
             compiled: Any = compile_fx(graph_module, example_inputs, config_patches=patches)
     else:
@@ -79,21 +83,54 @@ RECOMPUTED = {f"graphfuse::{name}" for name in ("rms_norm", "layer_norm", "rope"
 VIEWS = {"aten::view", "aten::reshape", "aten::t", "aten::permute", "aten::transpose", "aten::_unsafe_view"}
 
 
-class JointPass(CustomGraphPass):
-    """Says which ops of graphfuse run once and which again in backward, and keys the caches below.
+class Pass(CustomGraphPass):
+    """A pass of graphfuse's between Inductor's, which keys the caches below.
 
     The caches of Inductor and AOTAutograd do not look into an op: without graphfuse's own sources in their key, an
     edited backward would be served from before the edit. Passes that the user has set in the same place still run.
     """
 
-    def __init__(self, memory: str = "balanced", user_passes: Any = None) -> None:
-        self.memory = memory
+    key = ""
+
+    def __init__(self, user_passes: Any = None) -> None:
         several = isinstance(user_passes, (list, tuple))
         self.user_passes = [p for p in (user_passes if several else [user_passes]) if p is not None]
 
     def __call__(self, graph: fx.Graph) -> None:
         for user_pass in self.user_passes:
             user_pass(graph)
+        self.change(graph)
+
+    def change(self, graph: fx.Graph) -> None:
+        """What the pass does."""
+        raise NotImplementedError
+
+    def uuid(self) -> Any:
+        theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.user_passes]
+        if None in theirs:
+            return None  # a pass that cannot be cached: then neither can this one
+        return ("graphfuse", source_digest(), self.key, *theirs)
+
+
+class BackwardPass(Pass):
+    """Has backward write over what only it still reads."""
+
+    key = "overwrite"
+
+    def change(self, graph: fx.Graph) -> None:
+        if overwrite(graph):
+            # It takes an input that is written over for freed then, and puts off what reads it last.
+            torch._inductor.config.reorder_for_peak_memory = False
+
+
+class JointPass(Pass):
+    """Says which ops of graphfuse run once and which again in backward."""
+
+    def __init__(self, memory: str = "balanced", user_passes: Any = None) -> None:
+        super().__init__(user_passes)
+        self.memory = self.key = memory
+
+    def change(self, graph: fx.Graph) -> None:
         if self.memory != "speed":
             for node in graph.find_nodes(op="call_function", target=torch.ops.graphfuse.add_rms_norm.default):
                 normalize_again(graph, node)
@@ -107,7 +144,7 @@ class JointPass(CustomGraphPass):
 
     def _policy(self, node: fx.Node) -> CheckpointPolicy | None:
         """What the partitioner is told of a node, where it would not know."""
-        name = _name(node)
+        name = name_of(node)
         if name in RUN_ONCE:
             return CheckpointPolicy.MUST_SAVE
         if "recompute" in node.meta or node.meta.get("partitioner_tag") == "is_backward":
@@ -120,23 +157,12 @@ class JointPass(CustomGraphPass):
         is_free = name != "graphfuse::rope" or _is_recomputed(node.args[0])
         return CheckpointPolicy.MUST_RECOMPUTE if is_free else None
 
-    def uuid(self) -> Any:
-        theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.user_passes]
-        if None in theirs:
-            return None  # a pass that cannot be cached: then neither can this one
-        return ("graphfuse", source_digest(), self.memory, *theirs)
-
-
-def _name(node: fx.Node) -> str:
-    """The qualified name of the operation, empty if it is none of the dispatcher's."""
-    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
-
 
 def _is_recomputed(node: Any) -> bool:
     """Whether the value is, but for views, the result of an op that is run again in backward."""
-    while isinstance(node, fx.Node) and (_name(node) in VIEWS or node.target is operator.getitem):
+    while isinstance(node, fx.Node) and (name_of(node) in VIEWS or node.target is operator.getitem):
         node = node.args[0]
-    return isinstance(node, fx.Node) and _name(node) in RECOMPUTED
+    return isinstance(node, fx.Node) and name_of(node) in RECOMPUTED
 
 
 def normalize_again(graph: fx.Graph, node: fx.Node) -> None:
@@ -161,7 +187,7 @@ def _read_in_backward(graph: fx.Graph, node: fx.Node, again: fx.Node) -> None:
             continue
         if user.meta.get("partitioner_tag") == "is_backward":
             user.replace_input_with(node, again)
-        elif _name(user) in VIEWS:
+        elif name_of(user) in VIEWS:
             with graph.inserting_after(user):
                 view = graph.create_node(user.op, user.target, (again, *user.args[1:]), user.kwargs)
             view.meta.update(user.meta)

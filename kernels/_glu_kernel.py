@@ -7,7 +7,9 @@ Tensors are matrices to them, and where all of them are dense and of one layout,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -180,11 +182,13 @@ def _glu_backward_kernel(
     up_ptr,  # [R, C]
     grad_ptr,  # [R, C]
     up_grad_ptr,  # [R, C]
+    y_ptr,  # [R, C], what forward returned, or None
     gate_grad_ptr,  # [R, C]
     gate_strides,
     up_strides,
     grad_strides,
     up_grad_strides,
+    y_strides,
     gate_grad_strides,
     R,
     C,
@@ -197,6 +201,7 @@ def _glu_backward_kernel(
     ARE_PAIRED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # gradients are written over gate and up
 ):
     rows, cols, mask = tl_place(R, C, num_col_blocks, 1, BLOCK_R, BLOCK_C)
     grad_ptrs = grad_ptr + rows * grad_strides[0] + cols * grad_strides[1]
@@ -222,6 +227,11 @@ def _glu_backward_kernel(
         gate_grad = tl.where(gate <= GATE_MAX, gate_grad, 0.0)
     if UP_LIMIT is not None:
         up_grad = tl.where(tl.abs(up) <= UP_LIMIT, up_grad, 0.0)
+    if IN_PLACE:
+        tl.debug_barrier()  # every read of this tile comes before any write to it
+    if y_ptr is not None:
+        y = (value * v).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + rows * y_strides[0] + cols * y_strides[1], y, mask=mask)
 
     gate_grad_ptrs = gate_grad_ptr + rows * gate_grad_strides[0] + cols * gate_grad_strides[1]
     up_grad_ptrs = up_grad_ptr + rows * up_grad_strides[0] + cols * up_grad_strides[1]
@@ -287,14 +297,18 @@ def glu_backward_triton_(
     gate_grad: Tensor,
     up_grad: Tensor,
     options: GluOptions,
+    y: Tensor | None = None,
 ) -> None:
-    """Launch the kernel, which writes `gate_grad` and `up_grad`."""
-    if _launch(_glu_backward_kernel, (gate, up, grad, up_grad, gate_grad), options):
+    """Launch the kernel, which writes `gate_grad` and `up_grad`, maybe over gate and up, and `y`, forward's result."""
+    in_place = gate_grad.data_ptr() == gate.data_ptr()
+    if _launch(_glu_backward_kernel, (gate, up, grad, up_grad, y, gate_grad), options, {"IN_PLACE": in_place}):
         return
     gate, up, grad = _copies((gate, up, grad), gate_grad)
-    like_gate = torch.empty_like(gate_grad, dtype=up_grad.dtype)
-    _launch(_glu_backward_kernel, (gate, up, grad, like_gate, gate_grad), options)
-    up_grad.copy_(like_gate)
+    outputs = [None if out is None else torch.empty_like(gate, dtype=out.dtype) for out in (up_grad, y, gate_grad)]
+    _launch(_glu_backward_kernel, (gate, up, grad, *outputs), options, {"IN_PLACE": False})
+    for out, found in zip((up_grad, y, gate_grad), outputs, strict=True):
+        if out is not None and found is not None:
+            out.copy_(found)
 
 
 def _copies(tensors: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
@@ -302,17 +316,24 @@ def _copies(tensors: tuple[Tensor, ...], like: Tensor) -> list[Tensor]:
     return [torch.empty_like(like, dtype=tensor.dtype).copy_(tensor) for tensor in tensors]
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...], options: GluOptions) -> bool:
+def _launch(
+    kernel: Any,
+    tensors: tuple[Tensor | None, ...],
+    options: GluOptions,
+    more: Mapping[str, bool] = MappingProxyType({}),
+) -> bool:
     """Launch over gate, up, ..., and a dense output; False if they are no matrices."""
     gate, up = tensors[:2]
-    assert all(tensor.shape == gate.shape for tensor in tensors), "tensors must share a shape"
+    assert gate is not None, "gate must be given"
+    assert up is not None, "up must be given"
+    assert all(tensor is None or tensor.shape == gate.shape for tensor in tensors), "tensors must share a shape"
     if gate.numel() == 0:
         return True
     is_adjacent = gate.dtype == up.dtype and up.data_ptr() - gate.data_ptr() == gate.element_size()
-    strides = tuple(tensor.stride() for tensor in tensors)
+    strides = tuple(gate.stride() if tensor is None else tensor.stride() for tensor in tensors)
     launch = plan_launch(gate.shape, strides, options, is_adjacent, TILE)
     if launch is None:
         return False
     with torch.cuda.device(gate.device.index if gate.is_cuda else -1):
-        kernel[launch.grid](*tensors, *launch.args, **launch.constants)
+        kernel[launch.grid](*tensors, *launch.args, **launch.constants, **more)
     return True

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphfuse.kernels import _op
 from graphfuse.kernels._glu_kernel import GluOptions, glu_backward_triton_, glu_triton_
-from graphfuse.kernels.glu import check_options, differentiate, glu_reference
+from graphfuse.kernels.glu import check_options, differentiate, differentiate_, glu_reference
 
 __all__ = ["PACKINGS", "packed_glu", "unpack"]
 
@@ -29,6 +29,12 @@ torch.library.define(
     "graphfuse::packed_glu_backward",
     "(Tensor grad, Tensor packed, str packing, str activation, float alpha, float gate_max, float up_limit, "
     "float up_offset) -> Tensor",
+    tags=_op.TAGS,
+)
+torch.library.define(
+    "graphfuse::packed_glu_backward_",
+    "(Tensor grad, Tensor(a!) packed, str packing, str activation, float alpha, float gate_max, float up_limit, "
+    "float up_offset, bool with_result) -> Tensor",
     tags=_op.TAGS,
 )
 
@@ -86,8 +92,24 @@ def _packed_backward(
     return packed_grad
 
 
+def _packed_backward_in_place(
+    grad: Tensor,
+    packed: Tensor,
+    packing: str,
+    activation: str,
+    alpha: float,
+    gate_max: float,
+    up_limit: float,
+    up_offset: float,
+    with_result: bool,
+) -> Tensor:
+    options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
+    return differentiate_(grad, *unpack(packed, packing), options, with_result)
+
+
 torch.library.impl("graphfuse::packed_glu", "default", _packed_forward)
 torch.library.impl("graphfuse::packed_glu_backward", "default", _packed_backward)
+torch.library.impl("graphfuse::packed_glu_backward_", "default", _packed_backward_in_place)
 
 
 @torch.library.register_fake("graphfuse::packed_glu")
@@ -98,6 +120,11 @@ def _(packed, packing, activation, alpha, gate_max, up_limit, up_offset, out_dty
 @torch.library.register_fake("graphfuse::packed_glu_backward")
 def _(grad, packed, packing, activation, alpha, gate_max, up_limit, up_offset):
     return torch.empty_like(packed)
+
+
+@torch.library.register_fake("graphfuse::packed_glu_backward_")
+def _(grad, *others: Any):
+    return torch.empty_like(grad) if others[-1] else grad.new_empty(0)
 
 
 def _setup_context_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

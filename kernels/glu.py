@@ -114,6 +114,20 @@ def differentiate(
     return gate_grad, up_grad
 
 
+def differentiate_(grad: Tensor, gate: Tensor, up: Tensor, options: GluOptions, with_result: bool) -> Tensor:
+    """Write the gradients over gate and up; return what forward did, in dtype and layout of `grad`, or nothing."""
+    y = torch.empty_like(grad) if with_result else None
+    if _op.launches(grad, gate, up):
+        glu_backward_triton_(grad, gate, up, gate, up, options, y)
+    else:
+        grads = differentiate(grad, gate, up, options)
+        if y is not None:
+            y.copy_(glu_reference(gate, up, *options, y.dtype))
+        gate.copy_(grads[0])
+        up.copy_(grads[1])
+    return grad.new_empty(0) if y is None else y
+
+
 torch.library.define(
     "graphfuse::glu",
     "(Tensor gate, Tensor up, str activation, float alpha, float gate_max, float up_limit, "
@@ -124,6 +138,12 @@ torch.library.define(
     "graphfuse::glu_backward",
     "(Tensor grad, Tensor gate, Tensor up, str activation, float alpha, float gate_max, "
     "float up_limit, float up_offset) -> (Tensor, Tensor)",
+    tags=_op.TAGS,
+)
+torch.library.define(
+    "graphfuse::glu_backward_",
+    "(Tensor grad, Tensor(a!) gate, Tensor(b!) up, str activation, float alpha, float gate_max, "
+    "float up_limit, float up_offset, bool with_result) -> Tensor",
     tags=_op.TAGS,
 )
 
@@ -165,8 +185,23 @@ def _backward(
     return gate_grad.copy_(grads[0]), up_grad.copy_(grads[1])
 
 
+def _backward_in_place(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    alpha: float,
+    gate_max: float,
+    up_limit: float,
+    up_offset: float,
+    with_result: bool,
+) -> Tensor:
+    return differentiate_(grad, gate, up, GluOptions(activation, alpha, gate_max, up_limit, up_offset), with_result)
+
+
 torch.library.impl("graphfuse::glu", "default", _forward)
 torch.library.impl("graphfuse::glu_backward", "default", _backward)
+torch.library.impl("graphfuse::glu_backward_", "default", _backward_in_place)
 
 
 @torch.library.register_fake("graphfuse::glu")
@@ -177,6 +212,11 @@ def _(gate, up, activation, alpha, gate_max, up_limit, up_offset, out_dtype):
 @torch.library.register_fake("graphfuse::glu_backward")
 def _(grad, gate, up, activation, alpha, gate_max, up_limit, up_offset):
     return torch.empty_like(gate), torch.empty_like(up)
+
+
+@torch.library.register_fake("graphfuse::glu_backward_")
+def _(grad, *others: Any):
+    return torch.empty_like(grad) if others[-1] else grad.new_empty(0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

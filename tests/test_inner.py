@@ -133,7 +133,7 @@ def test_keeps_for_backward(memory, kept):
 
 
 def test_messages_do_not_grow_with_every_layer():
-    """Inductor writes the operands of an op that it fails on with all that they were made of: 9 times as long a layer."""
+    """Inductor writes the operands of an op that it fails on with all they are made of: 9 times as much a layer."""
 
     class Failing(Exception):
         pass

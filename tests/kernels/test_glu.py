@@ -297,3 +297,40 @@ def test_packed_opcheck(device, packing):
 def test_packed_says_what_is_wrong(changed, error, message):
     with pytest.raises(error, match=re.escape(message)):
         packed_glu(**({"packed": torch.ones(3, 4)} | changed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_result", [False, True])
+@pytest.mark.parametrize("options", [SILU, GPT_OSS], ids=["silu", "gpt-oss"])
+@pytest.mark.parametrize("layout", ["dense", "no matrix", *PACKINGS])
+def test_in_place(path, device, layout, options, with_result, dtype):
+    """Gradients over gate and up, and forward's result, are those of the ops that allocate."""
+    shape = (3, 5, 24)
+    if layout in PACKINGS:
+        packed = (torch.randn(3, 5, 48, device=device) * 4).to(dtype)
+        gate, up = unpack(packed, layout)
+    elif layout == "dense":
+        gate, up = (t.detach() for t in problem(device, shape, dtype))
+    else:
+        gate, up = (t.detach()[:, :5:2, :12].transpose(0, 1) for t in problem(device, (3, 6, 24), dtype))
+    grad = torch.randn(gate.shape, device=device).to(dtype)
+    product = torch.ops.graphfuse.glu(gate, up, *options, dtype)
+    expected = torch.ops.graphfuse.glu_backward(grad, gate, up, *options)
+    if layout in PACKINGS:
+        found = torch.ops.graphfuse.packed_glu_backward_(grad, packed, layout, *options, with_result)
+    else:
+        found = torch.ops.graphfuse.glu_backward_(grad, gate, up, *options, with_result)
+    torch.testing.assert_close((gate, up), expected, rtol=0, atol=0)
+    if with_result:
+        torch.testing.assert_close(found, product, rtol=0, atol=0)
+    else:
+        assert found.numel() == 0
+
+
+@pytest.mark.parametrize("with_result", [False, True])
+def test_in_place_opcheck(device, with_result):
+    grad, gate, up = torch.randn(3, 3, 8, device=device)
+    torch.library.opcheck(torch.ops.graphfuse.glu_backward_.default, (grad, gate, up, *SILU, with_result))
+    packed = torch.randn(3, 16, device=device)
+    args = (grad, packed, "gate first", *SILU, with_result)
+    torch.library.opcheck(torch.ops.graphfuse.packed_glu_backward_.default, args)

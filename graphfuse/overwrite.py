@@ -1,0 +1,124 @@
+"""Gates whose backward writes over what it reads.
+
+    product = glu(gate, up)                                    (backward needs it again, for the weight behind it)
+    gate_grad, up_grad = glu_backward(grad, gate, up)    ->    product = glu_backward_(grad, gate, up)
+
+Backward is the last to read gate and up, which are the largest tensors of a layer. So their gradients find room where
+they were, and the product comes out of the same pass. It is for Inductor to say what may be written over: what autograd
+saved and nobody else can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor.utils import get_donated_idxs
+
+VIEWS = {"aten::view", "aten::reshape", "aten::_unsafe_view"}
+OPERANDS = {"glu": 2, "packed_glu": 1}  # of forward
+
+
+def name_of(node: fx.Node) -> str:
+    """The qualified name of the operation, empty if it is none of the dispatcher's."""
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def overwrite(graph: fx.Graph) -> bool:
+    """Change a backward graph, as AOTAutograd and Inductor's own passes have left it, and say whether anything was."""
+    free = _donated(graph)
+    found = [
+        _overwrite(graph, backward, op, count, free)
+        for op, count in OPERANDS.items()
+        for backward in graph.find_nodes(op="call_function", target=_overload(f"{op}_backward"))
+    ]
+    return any(found)
+
+
+def _overload(name: str) -> torch._ops.OpOverload:
+    found: torch._ops.OpOverload = getattr(torch.ops.graphfuse, name).default
+    return found
+
+
+def _donated(graph: fx.Graph) -> set[fx.Node]:
+    """The inputs of the graph that nobody reads after it."""
+    indices = set(get_donated_idxs() or ())
+    placeholders = graph.find_nodes(op="placeholder")
+    return {node for index, node in enumerate(placeholders) if index in indices}
+
+
+def _overwrite(graph: fx.Graph, backward: fx.Node, op: str, count: int, free: set[fx.Node]) -> bool:
+    arguments: list[Any] = list(backward.args)
+    grad, operands, options = arguments[0], arguments[1 : 1 + count], arguments[1 + count :]
+    bases = [_base(node) for node in (grad, *operands)]
+    if len({*bases}) < 1 + count or not free.issuperset(bases[1:]):
+        return False
+    # The results of the op, by which operand they are going to be written over.
+    results: dict[Any, fx.Node] = {0: backward} if count == 1 else {user.args[1]: user for user in backward.users}
+    if any(not _is_alike(result, operands[k]) for k, result in results.items()):
+        return False
+    again = [
+        node
+        for node in graph.find_nodes(op="call_function", target=_overload(op))
+        if list(node.args[:-1]) == [*operands, *options] and _is_alike(node, grad)
+    ]
+    # Whether earlier or later: Inductor may move what it computes by itself to behind this op.
+    if any(reader not in (backward, *again) for base in bases[1:] for reader in _readers(base)):
+        return False
+    late = _before(graph, backward, again)  # who reads the product waits for it
+    if not {grad, *late}.isdisjoint(again) or grad in late:
+        return False
+    with graph.inserting_before(backward):
+        product = graph.call_function(_overload(f"{op}_backward_"), (grad, *operands, *options, bool(again)))
+    if again:
+        product.meta["val"] = again[0].meta["val"]
+    for node in reversed(late):
+        backward.append(node)
+    for node in again:
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+    for k, result in results.items():
+        result.replace_all_uses_with(operands[k])
+        if result is not backward:
+            graph.erase_node(result)
+    graph.erase_node(backward)
+    return True
+
+
+def _before(graph: fx.Graph, end: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:
+    """What is made of the sources before `end`, in order."""
+    found: list[fx.Node] = []
+    for node in graph.nodes:
+        if node is end:
+            break
+        if not {*sources, *found}.isdisjoint(node.all_input_nodes):
+            found.append(node)
+    return found
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """What a view is of."""
+    while name_of(node) in VIEWS:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _readers(base: fx.Node) -> Iterator[fx.Node]:
+    """Everything but views that reads its memory."""
+    for user in base.users:
+        if name_of(user) in VIEWS:
+            yield from _readers(user)
+        else:
+            yield user
+
+
+def _is_alike(node: fx.Node, other: fx.Node) -> bool:
+    """Whether both are laid out alike, in one dtype."""
+    a, b = node.meta.get("val"), other.meta.get("val")
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+    )

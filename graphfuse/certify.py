@@ -266,8 +266,8 @@ class _Trial:
                 return f"certify: expected {name} of dtype {a.dtype}, got {b.dtype}"
             if not t.is_floating_point() or not t.numel():
                 continue
-            their_error = _error(a, t)
-            our_error = _error(b, t)
+            their_error = _error(a, t, by_row=self.match.by_row)
+            our_error = _error(b, t, by_row=self.match.by_row)
             self.region_error = max(self.region_error or 0.0, their_error)
             self.replacement_error = max(self.replacement_error or 0.0, our_error)
             floor = 0.5 * torch.finfo(a.dtype).eps + ARITHMETIC
@@ -286,8 +286,8 @@ def _counts(leaf: Value) -> bool:
     return not (leaf.dtype.is_floating_point or leaf.dtype.is_complex)
 
 
-def _error(got: Tensor, truth: Tensor) -> float:
-    """Root mean square error relative to the size of the truth, row by row; where the truth is finite.
+def _error(got: Tensor, truth: Tensor, *, by_row: bool = True) -> float:
+    """Root mean square error relative to the size of the truth, row by row or as a whole; where the truth is finite.
 
     A row that is nothing beside another is zero but for float64's own rounding (what attends to itself alone passes
     no gradient to its score): its error is relative to the largest row, or it would drown those of all others.
@@ -295,7 +295,7 @@ def _error(got: Tensor, truth: Tensor) -> float:
     got = got.to(device=truth.device, dtype=torch.float64)
     finite = torch.isfinite(truth)
     difference = torch.where(finite, got - truth, 0.0).nan_to_num(nan=torch.inf)  # an overflow is an error too
-    rows = truth.shape[-1] if truth.dim() else 1
+    rows = (truth.shape[-1] if by_row else truth.numel()) if truth.dim() else 1
     size = torch.where(finite, truth, 0.0).reshape(-1, rows).norm(dim=-1)
     error = difference.reshape(-1, rows).norm(dim=-1)
     largest = float(size.amax())

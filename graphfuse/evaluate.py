@@ -134,6 +134,8 @@ def evaluate(
             raise CannotEvaluate(f"{value.node.name}: expected no random numbers, got {value.op}")
         args = [_argument(a, results, exact, device) for a in value.args]
         kwargs = {k: _argument(a, results, exact, device) for k, a in value.kwargs.items()}
+        if exact and value.op in NEW and value.dtype.is_floating_point:
+            kwargs["dtype"] = torch.float64  # where none is named, it is torch's default
         _resize(value, args, sizes)
         _protect(value.op, args, kwargs)
         with torch.set_grad_enabled(value.grad_mode and torch.is_grad_enabled()):

@@ -65,7 +65,7 @@ def gather(match: Match, shadow: Shadow, why: str = "", *, is_skipped: bool = Fa
     after = [] if is_skipped else _trace(match, shadow)
     ops = list(dict.fromkeys(_name(node.target) for node in after))
     ops = [name.replace(".", "::") for name in ops if name.startswith("graphfuse.")]
-    names = ops or [_name(node.target) for node in after[-1:]]
+    names = ops or [_name(node.target) for node in after if node.op == "call_function"][-1:]
     saved_bytes, saved = (None, "")
     if match.frees:
         saved_bytes, saved = _outputs(match) if is_skipped else _kept(match, shadow)

@@ -37,6 +37,8 @@ class Match:
             may shrink them.
         above_views: certification starts above the views that lead to the inputs, and so with inputs as strided as in
             the graph; not for computations on heads, whose number would then shrink in one input and not in another.
+        by_row: whether rows of a result have sizes of their own, and so their errors are relative to each; not where a
+            small row is what is left of a difference (in a softmax's gradient), and its error that of the terms.
         site: the value at whose module and line the report finds the match; the first output if `None`.
         waits: whether the host waits for a value from the device, which a CUDA graph cannot capture.
         formula: for people: what is computed, as algebra (`graphfuse.algebra` writes it).
@@ -55,6 +57,7 @@ class Match:
     samplers: Mapping[int, Sampler | tuple[Sampler, ...]] = field(default_factory=dict)
     scalable: frozenset[int] = frozenset()
     above_views: bool = True
+    by_row: bool = True
     waits: bool = False
     site: Value | None = None
     formula: str = ""

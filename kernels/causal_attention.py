@@ -26,7 +26,10 @@ __all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle"
 
 aten = torch.ops.aten
 
-MASKED = -1e4  # an additive mask excludes what it pushes below this, after which exp() is 0 in any dtype
+# An additive mask excludes what it pushes this low: exp() is 0 then, in any dtype. -1e4 is lower, as bfloat16 has it.
+MASKED = -9e3
+# This low, nothing of a score is left beside it in float32: a row in which all is hidden has equal weights.
+ABSORBING = -1e6
 
 # How many calls took the causal kernel and how many the one that reads the mask, forward passes only.
 paths: Counter[str] = Counter()
@@ -108,6 +111,22 @@ def _bias(mask: Tensor | None, query: Tensor, backend: SDPBackend) -> Tensor | N
     return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
 
 
+def _blind(query: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which rows (B, H, S, 1) see nothing, all being hidden behind numbers.
+
+    Their weights are equal, which no query and no mask makes them too. The kernels keep the logsumexp of a row, where
+    that of its length is lost beside such a number: with the mask they would have weights of 1 in backward.
+    """
+    if mask is None or mask.dtype == torch.bool or query.numel() == 0:
+        return None
+    largest = mask.amax(-1, keepdim=True)
+    return (largest <= ABSORBING) & (largest > -torch.inf)
+
+
+def _without(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    return tensor if rows is None else tensor.masked_fill(rows, 0.0)
+
+
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
     """The kernel, and the inputs as it takes them: groups are for the causal kernels on GPUs."""
     if mask is not None:
@@ -124,6 +143,9 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     allowed = None if is_causal else mask
+    if (blind := _blind(query, allowed)) is not None:
+        query, mask = _without(query, blind), _without(mask, blind)
+        allowed = mask
     paths["causal" if allowed is None else "masked"] += 1
     backend, k, v, bias = _fits(query, key, value, allowed, scale)
     causal = allowed is None
@@ -172,24 +194,27 @@ def _backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     allowed = None if is_causal else mask
+    seeing = query
+    if (blind := _blind(query, allowed)) is not None:
+        seeing, allowed = _without(query, blind), _without(mask, blind)
     causal = allowed is None
-    backend, k, v, bias = _fits(query, key, value, allowed, scale)
+    backend, k, v, bias = _fits(seeing, key, value, allowed, scale)
     unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that there is not
     length, keys = query.shape[2], key.shape[2]
     if query.numel() == 0 or backend == SDPBackend.MATH:
-        grads = _backward_reference(grad, query, key, value, allowed, lse, scale)
+        grads = _backward_reference(grad, seeing, key, value, allowed, lse, scale)
     elif not query.is_cuda:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+            grad, seeing, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
     elif backend == SDPBackend.FLASH_ATTENTION:
         grads = aten._scaled_dot_product_flash_attention_backward(
-            grad, query, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
+            grad, seeing, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
         )
     elif backend == SDPBackend.CUDNN_ATTENTION:
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             grad,
-            query,
+            seeing,
             k,
             v,
             out,
@@ -208,10 +233,10 @@ def _backward(
     else:
         rows = torch.nn.functional.pad(lse, (0, -length % 32), value=torch.inf)
         grads = aten._scaled_dot_product_efficient_attention_backward(
-            grad, query, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
+            grad, seeing, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
         )
     q_grad, k_grad, v_grad, *_ = grads
-    summed = (q_grad, _sum_groups(k_grad, key), _sum_groups(v_grad, value))
+    summed = (_without(q_grad, blind), _sum_groups(k_grad, key), _sum_groups(v_grad, value))
     likes = _fake_backward(grad, query, key, value, mask, is_causal, out, lse, scale, meta=True)
     wanted = [_laid_out(found, like) for found, like in zip(summed, likes, strict=True)]
     return wanted[0], wanted[1], wanted[2]
@@ -259,7 +284,7 @@ def _looks(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         same = (mask == triangle).all()
     else:
-        same = torch.where(triangle, mask == 0, mask < MASKED).all()
+        same = torch.where(triangle, mask == 0, mask <= MASKED).all()
     return same.cpu()
 
 
@@ -308,8 +333,8 @@ def is_lower_triangle(mask: Tensor) -> Tensor:
     """Whether a mask is the causal one, as a () bool tensor on the CPU: waits for the mask to be there.
 
     Args:
-        mask: (..., S, T), bool (True attends) or floating (added to the scores: 0 attends, under -1e4 does not). Where
-            S is not T, the answer is no.
+        mask: (..., S, T), bool (True attends) or floating (added to the scores: 0 attends, -9e3 and less does not).
+            Where S is not T, the answer is no.
     """
     found: Tensor = torch.ops.graphfuse.is_lower_triangle(mask)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphfuse.match import Pattern
 from graphfuse.patterns import (
     add_rms_norm,
+    attention,
     causal_attention,
     glu,
     layer_norm,
@@ -17,6 +18,7 @@ from graphfuse.patterns import (
 CATALOGUE: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
     causal_attention.PATTERN,
+    attention.PATTERN,
     norm_rope.PATTERN,
     rope.PATTERN,
     layer_norm.PATTERN,

@@ -16,21 +16,17 @@ Left alone: masks that are something else even so (sliding windows, biases that 
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._python_dispatch import _disable_current_modes
 
-from graphfuse.evaluate import CannotEvaluate, evaluate
-from graphfuse.kernels.causal_attention import is_lower_triangle, paths
+from graphfuse.kernels.causal_attention import paths
 from graphfuse.match import INDEXING, Match, Pattern, Refusal, Sampler, argument, number, short
-from graphfuse.shadow import LEAF, Shadow, Value
+from graphfuse.patterns._attention_mask import Known, Unfit, as_mask, look, triangle
+from graphfuse.shadow import Shadow, Value
 
 aten = torch.ops.aten
 
@@ -38,13 +34,11 @@ NAME = "causal_attention"
 COVERS = {NAME: 1}
 FORMULA = "softmax(scale · q · kᵀ + mask) · v, where mask is 0 up to the diagonal and -∞ above"
 HALF = (torch.float16, torch.bfloat16)
-LARGEST = 1 << 31  # elements of a mask that are computed to look at it
-MOST_GUESSES = 16  # combinations of what the inputs of a mask may be
 
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every attention of the shadow that has a mask."""
-    seen: dict[Value, _Mask | _Unfit] = {}
+    seen: dict[Value, Known | Unfit] = {}
     for value in shadow.values:
         if value.op is not aten.scaled_dot_product_attention.default or len(value.args) < 3:
             continue
@@ -54,89 +48,35 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         if mask not in seen:
             seen[mask] = _look(mask, shadow)
         found = seen[mask]
-        unfit = found if isinstance(found, _Unfit) else _unfit(value, mask)
+        unfit = found if isinstance(found, Unfit) else _unfit(value, mask)
         if unfit is not None:
             yield Refusal(NAME, value, unfit.reason, COVERS, unfit.hint)
-        elif isinstance(found, _Mask):
+        elif isinstance(found, Known):
             yield _match(value, mask, found)
 
 
-@dataclass(frozen=True)
-class _Mask:
-    """A mask that is the lower triangle: always, or where what it depends on hides nothing."""
-
-    depends_on: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Unfit:
-    """Why a mask is not the lower triangle, and what would help."""
-
-    reason: str
-    hint: str = ""
-
-
-def _unfit(value: Value, mask: Value) -> _Unfit | None:
+def _unfit(value: Value, mask: Value) -> Unfit | None:
     """Why this attention cannot use a causal mask, or `None`."""
     dropout = number(argument(value, 4, "dropout_p", 0.0))
     if dropout != 0.0:
-        return _Unfit(f"dropout_p: expected 0, got {dropout}", "train without dropout in attention")
+        return Unfit(f"dropout_p: expected 0, got {dropout}", "train without dropout in attention")
     if argument(value, 5, "is_causal", False):
-        return _Unfit("is_causal: expected False beside a mask, got True", "give a mask or is_causal=True, not both")
+        return Unfit("is_causal: expected False beside a mask, got True", "give a mask or is_causal=True, not both")
     queries, keys = value.args[0].shape[-2], value.args[1].shape[-2]
     if mask.shape[-2:] != (queries, keys):
-        return _Unfit(f"mask: expected a row for each of {queries} queries, got shape {mask.shape}")
+        return Unfit(f"mask: expected a row for each of {queries} queries, got shape {mask.shape}")
     return None
 
 
-def _look(mask: Value, shadow: Shadow) -> _Mask | _Unfit:
+def _look(mask: Value, shadow: Shadow) -> Known | Unfit:
     """What is known of the mask, or why it is not the lower triangle."""
     if mask.tensor.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         reason = f"mask: expected as many queries as keys, got shape {mask.shape}"
-        return _Unfit(reason, "if keys of earlier calls are among them: use_cache=False, in training")
-    if mask.tensor.requires_grad:
-        return _Unfit("mask: expected one that needs no gradient, got one that requires it", "detach() the mask")
-    region = shadow.cone([mask], [])
-    leaves = [value for value in region if value.op is LEAF]
-    is_static = all(isinstance(size, int) for value in region for size in value.tensor.shape)
-    if math.prod(mask.shape) > LARGEST:
-        reason = f"mask: expected at most {LARGEST} elements, got {math.prod(mask.shape)}"
-        return _Unfit(reason, "make the mask once for all sequences and heads, or give is_causal=True instead")
-    device = mask.tensor.device if mask.tensor.device.type == "cuda" else torch.device("cpu")
-    names = tuple(leaf.node.name for leaf in leaves)
-    guesses = [list(_harmless(leaf, device)) for leaf in leaves]
-    if math.prod(len(guess) for guess in guesses) > MOST_GUESSES or not all(guesses):
-        first = next((name for name, guess in zip(names, guesses, strict=True) if not guess), ", ".join(names))
-        reason = f"mask: expected to depend on sizes, padding and positions only, got one that depends on {first}"
-        return _Unfit(reason, "make the mask from arange, positions and attention_mask, or give is_causal=True instead")
-    try:
-        with _disable_current_modes(), torch.no_grad():
-            for guess in itertools.product(*guesses):
-                known = dict(zip(leaves, guess, strict=True))
-                content = evaluate(region, known, exact=False, device=device, sizes={})[mask]
-                if is_lower_triangle(content):
-                    return _Mask(names or (() if is_static else ("sizes",)))
-    except CannotEvaluate as error:
-        return _Unfit(f"mask: {error}")
-    other = "one even where nothing is padded" if leaves else "constant"
-    reason = f"mask: expected the lower triangle, got another {other}"
-    return _Unfit(reason, "a sliding window as long as the sequence is causal; what else differs from that is not")
+        return Unfit(reason, "if keys of earlier calls are among them: use_cache=False, in training")
+    return look([mask], lambda contents: contents[0], shadow)
 
 
-def _harmless(leaf: Value, device: torch.device) -> Iterator[Tensor]:
-    """Values of an input under which a causal mask is nothing but causal: no padding, one document, the mask itself."""
-    if leaf.tensor.requires_grad:
-        return
-    shape, dtype = leaf.shape, leaf.dtype
-    if len(shape) >= 2 and shape[-1] == shape[-2]:
-        yield _triangle(shape, dtype, device, torch.Generator())
-    if not dtype.is_floating_point or len(shape) == 2:
-        yield torch.ones(shape, dtype=dtype, device=device)
-    if not dtype.is_floating_point and dtype != torch.bool and shape:
-        yield torch.arange(shape[-1], device=device).to(dtype).expand(shape)
-
-
-def _match(value: Value, mask: Value, known: _Mask) -> Match:
+def _match(value: Value, mask: Value, known: Known) -> Match:
     query, key, value_states = value.args[:3]
     grouped = _grouped(key), _grouped(value_states)
     takes_groups = bool(known.depends_on) or _takes_groups(query)
@@ -149,6 +89,7 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
     size = query.shape[-1] ** -0.5 if scale is None else scale
     # Scores of everyday size: under a saturated softmax most gradients are next to 0, and errors of them say nothing.
     states: dict[int, Sampler] = {0: partial(_states, scale=query.shape[-1] ** -0.5 / size), 1: _states, 2: _states}
+    lengths = frozenset(mask.shape[-1:])  # a mask of numbers may be as large as all else together
     if known.depends_on:
         return Match(
             pattern=NAME,
@@ -159,6 +100,7 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
             variant=f"mask looked at on every call, {heads}{short(query.dtype)}",
             covers=COVERS,
             samplers={**states, 3: (_triangle, _holes)},
+            scalable=lengths,
             above_views=False,
             waits=True,
             formula=FORMULA,
@@ -173,6 +115,7 @@ def _match(value: Value, mask: Value, known: _Mask) -> Match:
         variant=f"mask of {mask.shape[-1]} positions dropped, {heads}{short(query.dtype)}",
         covers=COVERS,
         samplers={**states, 3: _triangle},
+        scalable=lengths,
         above_views=False,
         formula=FORMULA,
         frees="",
@@ -205,20 +148,14 @@ def _states(
     return (scale * torch.randn(shape, generator=generator)).to(device=device, dtype=dtype)
 
 
-def _triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
-    return _as_mask(torch.ones(shape, dtype=torch.bool, device=device).tril(), dtype)
+def _triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: torch.Generator) -> Tensor:
+    return triangle(shape, dtype, device)
 
 
 def _holes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
     """A mask like no other, under which every position sees itself."""
     allowed = torch.randint(2, shape, generator=generator).to(device=device, dtype=torch.bool)
-    return _as_mask(allowed | torch.eye(*shape[-2:], dtype=torch.bool, device=device), dtype)
-
-
-def _as_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    if not dtype.is_floating_point:
-        return allowed.to(dtype)
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, -1e9).to(dtype)
+    return as_mask(allowed | torch.eye(*shape[-2:], dtype=torch.bool, device=device), dtype)
 
 
 def dropped(

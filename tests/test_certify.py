@@ -202,3 +202,11 @@ def test_small_rows_count_as_much_as_large_ones():
     wrong = truth.clone()
     wrong[1] *= 2
     assert module._error(wrong, truth) > 0.3
+
+
+def test_rows_that_are_left_of_a_difference_do_not_count_as_much():
+    """The first of them is nothing but rounding of its terms, and those are of the size of the second."""
+    truth = torch.tensor([[1e-6], [1.0]], dtype=torch.float64).expand(2, 16)
+    got = truth + 1e-7
+    assert module._error(got, truth) > 1e-2
+    assert module._error(got, truth, by_row=False) < 2e-7

@@ -79,6 +79,19 @@ def attention_cases():
     return (windowed(4), states), (windowed(8), states)
 
 
+def attention_by_hand_cases():
+    states = torch.randn(1, 2, 8, D)
+
+    def attend(x):
+        return (x @ x.mT / 4).masked_fill(torch.ones(8, 8, dtype=torch.bool).triu(1), -1e9).softmax(-1)
+
+    def both(x):
+        weights = attend(x)
+        return weights @ x, weights
+
+    return (both, states), (lambda x: attend(x) @ x, states)
+
+
 def in_place_cases():
     def overwritten(gate, up, weights):
         gate, up = gate @ weights, up @ weights
@@ -133,6 +146,7 @@ def two_graphs_cases():
         (head_cases, "linear_cross_entropy", "logits: expected no use besides the loss, got aten.argmax", "outside"),
         (two_graphs_cases, "linear_cross_entropy", "logits: expected a matrix product in the same graph", "one graph"),
         (attention_cases, "causal_attention", "mask: expected the lower triangle, got another constant", "window"),
+        (attention_by_hand_cases, "attention", "weights: expected no use besides the product", "output_attentions"),
         (in_place_cases, "glu", "expected no in-place change", "x = x + y, not x += y"),
         (grad_mode_cases, "rms_norm", "grad mode: expected one for the whole region", "no_grad"),
     ],

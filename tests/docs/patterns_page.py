@@ -17,6 +17,13 @@ from tests.docs.reasons import ROOT, reasons_in
 PAGE = ROOT / "docs" / "patterns.md"
 SPELLINGS = tomllib.loads(Path(__file__).with_name("spellings.toml").read_text(encoding="utf-8"))
 
+# Files beside a pattern's own that give reasons for it.
+PARTS = {
+    "causal_attention": ("_attention_mask",),
+    "attention": ("_attention_mask",),
+    "linear_cross_entropy": ("_head", "_head_operands", "_logits", "_token_program"),
+}
+
 HEAD = """\
 # Patterns
 
@@ -97,11 +104,7 @@ def _section(pattern: Pattern) -> str:
     if refused:
         parts.append("\nRefused, for example:\n\n| code | reason | what helps |\n|---|---|---|")
         parts += [f"| {_code(item['code'])} | {_code(site.reason)} | {site.hint or '–'} |" for item, site in refused]
-    files = [ROOT / "patterns" / f"{pattern.name}.py"]
-    if pattern.name == "linear_cross_entropy":
-        files += [
-            ROOT / "patterns" / name for name in ("_head.py", "_head_operands.py", "_logits.py", "_token_program.py")
-        ]
+    files = [ROOT / "patterns" / f"{name}.py" for name in (pattern.name, *PARTS.get(pattern.name, ()))]
     reasons = [reason for path in files for reason in reasons_in(path)]
     if reasons:
         parts.append("\nAll reasons of its own:\n")

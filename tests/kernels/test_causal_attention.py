@@ -139,6 +139,20 @@ def test_tells_compilers_its_strides(device, permute, is_causal):
     torch.testing.assert_close(torch.compile(step)(q, k, v), step(q, k, v))
 
 
+@pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
+def test_rows_that_see_nothing_have_equal_weights(device, backend, low):
+    """Forward and backward: a kernel that keeps the logsumexp has weights of 1 there in backward."""
+    q, k, v = heads(device, groups=4)
+    seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
+    mask = torch.zeros(S, S, device=device).masked_fill(~seen, low)
+    out = causal_attention(q, k, v, mask, is_lower_triangle(mask))
+    wanted = (q @ k.mT * D**-0.5).masked_fill(~seen, low).softmax(-1) @ v
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
+    grad = torch.randn_like(out)
+    grads = [torch.autograd.grad(end, (q, k, v), grad) for end in (out, wanted)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_says_what_it_expected(device):
     q, k, v = heads(device, heads=3, groups=2)
     with pytest.raises(ValueError, match=r"key: expected heads that divide those of the queries, got \(3, 2, 2\)"):

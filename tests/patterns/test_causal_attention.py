@@ -126,6 +126,22 @@ DEPENDING = [
 ]
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+def test_proves_long_sequences_on_short_ones(is_given):
+    """A mask of 4096 x 4096 numbers is more than a proof may take."""
+    length = 4096
+
+    def long(q, k, v, *given):
+        mask = given[0] if given else torch.full((length, length), -1e9).triu(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    states = [torch.randn(1, 1, length, D) for _ in range(3)]
+    given = [torch.full((length, length), -1e9).triu(1)] if is_given else []
+    compiled = graphfuse.optimize(long, inner="eager", strict=True)
+    torch.testing.assert_close(compiled(*states, *given), long(*states, *given), rtol=1e-4, atol=1e-5)
+    assert graphfuse.report(compiled).counts == {"causal_attention": 1}
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(("spelling", "harmless", "others"), DEPENDING, ids=lambda x: getattr(x, "__name__", None))
 def test_looks_at_masks_that_depend_on_an_input(spelling, harmless, others, dynamic, verify, agrees):

@@ -164,6 +164,7 @@ def document(zoo: Zoo) -> str:
             [_total_row(zoo, pattern) for pattern in PATTERNS],
         ),
         "*Besides* are rewritten sites that no name announces: norms written out in an attention, gates elsewhere.\n",
+        f"Attention written by hand, which no call announces: {_total(zoo, 'attention', 'beyond')} rewritten.\n",
         "## Not rewritten\n",
         *(_section("refused", gap) for gap in zoo.refused),
         *(_section("not recognised", gap) for gap in zoo.unrecognised),

@@ -82,7 +82,9 @@ def measure(name: str, inner: str = "eager") -> dict[str, Any]:
     found, known = _located(rewritten, ledger, expected), _located(refused, ledger, expected)
     # Attention that was causal without a mask before is no site.
     causal = _located(ledger.causal, ledger, expected)["causal_attention"]
-    expected["causal_attention"] -= causal - found["causal_attention"]
+    by_hand = [site for site in rewritten if site.pattern == "attention" and "dropped" in site.variant]
+    written = _located(by_hand, ledger, {"attention": expected["causal_attention"]})["attention"]
+    expected["causal_attention"] -= causal - found["causal_attention"] - written
     exact = False
     difference = _difference(reference, ours)
     if not agree(*difference):

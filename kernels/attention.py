@@ -1,0 +1,104 @@
+"""Attention that was written by hand, by PyTorch's own fused kernels.
+
+    out = softmax(scale * q kᵀ + mask) v
+
+Written as two matrix products and a softmax it keeps the scores and the weights, S x T numbers a head, for backward,
+and computes those too that a causal mask hides. `scaled_dot_product_attention` keeps neither; which of PyTorch's
+kernels runs is decided by PyTorch's own rules.
+
+Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao 2023, https://arxiv.org/abs/2307.08691
+"""
+# Shape letters: B = sequences, H = heads of queries, G = heads of keys and values, S = positions, T = positions of
+# keys, D = features of a head, E = features of a value.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["attention", "attention_reference", "mask_of"]
+
+
+def attention_reference(
+    query: Tensor,  # (B, H, S, D)
+    key: Tensor,  # (B, G, T, D)
+    value: Tensor,  # (B, G, T, E)
+    mask: Tensor | None = None,  # broadcastable to (B, H, S, T); bool: True attends; floating: added
+    *,
+    scale: float,
+) -> Tensor:
+    """Say what is computed, in differentiable torch operations."""
+    groups = query.shape[1] // key.shape[1]
+    compute = torch.promote_types(query.dtype, torch.float32)
+    key, value = (tensor.to(compute).repeat_interleave(groups, 1) for tensor in (key, value))
+    scores = query.to(compute) @ key.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return (scores.softmax(-1) @ value).to(query.dtype)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = False,
+    is_grouped: bool = False,
+    takes_groups: bool = True,
+) -> Tensor:
+    """Attention of every query to every key, or to those up to its own position.
+
+    Args:
+        query: (B, H, S, D), fp16, bf16, fp32 or fp64.
+        key: (B, G, T, D), H a multiple of G; head h of the queries sees head h * G // H.
+        value: (B, G, T, E).
+        scale: of the scores.
+        is_causal: whether position s sees no more than keys 0 to s.
+        is_grouped: whether G is not H.
+        takes_groups: whether the kernel takes fewer heads of keys than of queries; else they are repeated.
+
+    Returns:
+        (B, H, S, E), in the dtype of `query`.
+
+    Raises:
+        RuntimeError: PyTorch's, of shapes that do not fit.
+    """
+    if is_grouped and not takes_groups:
+        times = query.size(1) // key.size(1)
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=is_grouped and takes_groups
+    )
+
+
+def mask_of(parts: Sequence[Tensor], steps: Sequence[tuple[str, float]], lowest: float) -> Tensor:
+    """The one mask that several make, in the order in which the scores meet them.
+
+    Args:
+        parts: broadcastable to each other; bool where they hide or keep, numbers where they are added.
+        steps: for each its kind, "add", "hide" (where True) or "keep" (where True), and a number: the factor of what is
+            added, or what a hidden score becomes.
+        lowest: what stands for the numbers that hide: a row in which all is hidden then has equal weights, as it had.
+
+    Returns:
+        bool, True attends, if nothing is added and all that is hidden is -inf; else numbers to add.
+    """
+    seen: Tensor | None = None
+    bias: Tensor | None = None
+    for part, (kind, number) in zip(parts, steps, strict=True):
+        if kind == "add":
+            term = part if number == 1 else part * number
+            bias = term if bias is None else bias + term
+        else:
+            kept = part.logical_not() if kind == "hide" else part
+            seen = kept if seen is None else seen.logical_and(kept)
+    endless = all(number == -torch.inf for kind, number in steps if kind != "add")
+    fill = -torch.inf if endless else lowest
+    if bias is not None:
+        return bias if seen is None else bias.masked_fill(seen.logical_not(), fill)
+    assert seen is not None, "parts: expected at least one"
+    return seen if endless else torch.where(seen, 0.0, fill)

@@ -1,0 +1,75 @@
+"""attention against its reference, and the one mask that several make."""
+
+import pytest
+import torch
+
+from graphfuse.kernels.attention import attention, attention_reference, mask_of
+from graphfuse.testing import assert_no_worse
+
+B, S, D = 2, 40, 16
+TRIANGLE = torch.ones(S, S, dtype=torch.bool).tril()
+LOWEST = torch.finfo(torch.float32).min
+
+
+def heads(device, groups=4, dtype=torch.float32, length=S):
+    sizes = (4, S), (groups, length), (groups, length)
+    return [torch.randn(B, n, s, D, device=device).to(dtype).requires_grad_() for n, s in sizes]
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("takes_groups", [False, True])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_worse_than_by_hand(device, dtype, groups, takes_groups, is_causal):
+    def by_hand(q, k, v):
+        k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
+        scores = q @ k.mT * 0.3
+        scores = scores.masked_fill(~TRIANGLE.to(device), -torch.inf) if is_causal else scores
+        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+    def fused(q, k, v):
+        grouped = {"is_grouped": groups != 4, "takes_groups": takes_groups}
+        return attention(q, k, v, scale=0.3, is_causal=is_causal, **grouped)
+
+    # In float32 both do the same sums, in another order: the largest of few errors says little.
+    assert_no_worse(fused, by_hand, heads(device, groups, dtype), slack=1.1 if dtype == torch.bfloat16 else 4.0)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize(("is_causal", "length"), [(True, S), (False, S), (False, S - 7)])
+def test_agrees_with_its_reference(device, groups, is_causal, length):
+    q, k, v = heads(device, groups, torch.float64, length)
+    out = attention(q, k, v, scale=0.3, is_causal=is_causal, is_grouped=groups != 4)
+    wanted = attention_reference(q, k, v, TRIANGLE.to(device) if is_causal else None, scale=0.3)
+    torch.testing.assert_close(out, wanted)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(*(torch.autograd.grad(end, (q, k, v), grad) for end in (out, wanted)))
+
+
+PADDING = torch.arange(S) < torch.tensor([[S], [S - 9]])[:, None, None]
+ADDED = torch.zeros(S, S).masked_fill(~TRIANGLE, -1e4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "steps", "wanted"),
+    [
+        ([TRIANGLE], [("keep", -torch.inf)], TRIANGLE),
+        ([~TRIANGLE], [("hide", -torch.inf)], TRIANGLE),
+        ([~TRIANGLE, PADDING], [("hide", -torch.inf), ("keep", -torch.inf)], TRIANGLE & PADDING),
+        ([TRIANGLE], [("keep", -1e9)], torch.zeros(S, S).masked_fill(~TRIANGLE, LOWEST)),
+        ([ADDED], [("add", 1.0)], ADDED),
+        ([-ADDED / 2], [("add", -2.0)], ADDED),
+        ([ADDED, PADDING], [("add", 1.0), ("keep", -1e9)], ADDED.expand(B, 1, S, S).masked_fill(~PADDING, LOWEST)),
+        (
+            [ADDED, PADDING],
+            [("add", 1.0), ("keep", -torch.inf)],
+            ADDED.expand(B, 1, S, S).masked_fill(~PADDING, -torch.inf),
+        ),
+        ([ADDED, ADDED], [("add", 1.0), ("add", 0.5)], 1.5 * ADDED),
+    ],
+    ids=range(9),
+)
+def test_makes_one_mask_of_all(parts, steps, wanted):
+    found = mask_of(parts, steps, LOWEST)
+    assert found.dtype == wanted.dtype
+    torch.testing.assert_close(found.expand(wanted.shape), wanted, rtol=0, atol=0)

@@ -6,6 +6,7 @@ from graphfuse.match import Pattern
 from graphfuse.patterns import (
     add_rms_norm,
     causal_attention,
+    cross_entropy,
     glu,
     layer_norm,
     linear_cross_entropy,
@@ -16,6 +17,7 @@ from graphfuse.patterns import (
 
 CATALOGUE: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
+    cross_entropy.PATTERN,
     causal_attention.PATTERN,
     norm_rope.PATTERN,
     rope.PATTERN,

@@ -63,20 +63,17 @@ def token_losses_reference(
     losses.map(lambda found: found.zero_())
     top.zero_()
     total.fill_(SKIPPED)
-    for places in _chunks(logits, counted):
-        kept = torch.ones_like(target[places], dtype=torch.bool) if counted is None else counted[places]
+    wants = [found is not None for found in losses]
+    for places, kept in _chunks(logits, counted):
         if logits.device.type == "cpu":
             check_targets(target[places], logits.shape[1], Factors())
-        found = losses.map(lambda found: torch.empty_like(found[places]))  # noqa: B023 - called now
         rows = (logits[places], target[places], class_weight, options)
-        # Without losses to write, their dtype is unknown: the log-sum-exp is written to nowhere.
-        wanted = found if any(each is not None for each in found) else TokenLosses(lse=torch.empty_like(top[places]))
-        highest, sums = losses_reference(*rows, wanted, kept)
+        found, highest, sums = losses_reference(*rows, top.dtype, wants, kept)
         for out, each in zip(losses, found, strict=True):
             if out is not None and each is not None:
                 out[places] = each
         top[places] = highest
-        total[places] = torch.where(kept, sums, SKIPPED)
+        total[places] = sums if kept is None else torch.where(kept, sums, SKIPPED)
 
 
 def token_losses_gradient_reference(
@@ -94,26 +91,31 @@ def token_losses_gradient_reference(
     factors = factors._replace(nll=on_target)
     kept = factors.any()
     kept = total != SKIPPED if kept is None else kept & (total != SKIPPED)
-    is_partial = logits.device.type == "cpu" and not kept.all()
-    if is_partial:
-        grad.zero_()
-    for places in _chunks(logits, kept):
+    for places, chosen in _chunks(logits, kept):
         rows = (logits[places], target[places], class_weight, options, top[places], total[places])
-        grad[places] = gradient_reference(*rows, factors.map(lambda f: f[places]), kept[places]).to(grad.dtype)  # noqa: B023
+        found = gradient_reference(*rows, factors.map(lambda f: f[places]), chosen)  # noqa: B023 - called now
+        grad[places] = found if isinstance(places, slice) else found.to(grad.dtype)
+    if logits.device.type == "cpu":
+        grad[~kept] = 0
 
 
-def _chunks(logits: Tensor, counted: Tensor | None) -> Iterator[slice | Tensor]:
-    """Rows, some at a time; on the CPU, where nobody waits for their number, only those that count."""
+def _chunks(logits: Tensor, counted: Tensor | None) -> Iterator[tuple[slice | Tensor, Tensor | None]]:
+    """Some rows at a time, and which of them count.
+
+    On the CPU, where nobody waits for their number, there are only those, and `None` stands for all.
+    """
     tokens, vocab = logits.shape
-    on_cpu = logits.device.type == "cpu"
-    order = counted.nonzero()[:, 0] if on_cpu and counted is not None and not counted.all() else None
-    count = tokens if order is None else len(order)
     itemsize = compute_dtype(logits).itemsize
-    size = CPU_CHUNK_BYTES // (vocab * itemsize) if on_cpu else chunk_tokens(count, vocab, itemsize, on_cpu=False)
-    size = max(size, 1)
-    for start in range(0, count, size):
-        rows = slice(start, min(start + size, count))
-        yield rows if order is None else order[rows]
+    if logits.device.type != "cpu":
+        size = chunk_tokens(tokens, vocab, itemsize, on_cpu=False)
+        for start in range(0, tokens, size):
+            yield slice(start, start + size), None if counted is None else counted[start : start + size]
+        return
+    order = None if counted is None or counted.all() else counted.nonzero()[:, 0]
+    size = max(1, CPU_CHUNK_BYTES // (vocab * itemsize))
+    for start in range(0, tokens if order is None else len(order), size):
+        rows = slice(start, start + size)
+        yield (rows if order is None else order[rows]), None
 
 
 @triton.jit

@@ -20,7 +20,7 @@ Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (online soft
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -103,9 +103,13 @@ def softmax_grad_reference(
     factors: Factors,
 ) -> None:
     """Do in torch operations, in the dtype of `losses`, what the kernel does."""
+    compute = next(found.dtype for found in losses if found is not None)
+    wants = [found is not None for found in losses]
     kept = factors.any()
-    kept = torch.ones_like(target, dtype=torch.bool) if kept is None else kept
-    top, total = losses_reference(logits, target, class_weight, options, losses, kept)
+    found, top, total = losses_reference(logits, target, class_weight, options, compute, wants, kept)
+    for out, each in zip(losses, found, strict=True):
+        if out is not None and each is not None:
+            out.copy_(each)
     if grad is not None:
         grad.copy_(gradient_reference(logits, target, class_weight, options, top, total, factors, kept))
 
@@ -115,30 +119,34 @@ def losses_reference(
     target: Tensor,  # (C,)
     class_weight: Tensor | None,  # (V,)
     options: Logits,
-    losses: TokenLosses,  # written
-    kept: Tensor,  # (C,), whether a row is not skipped
-) -> tuple[Tensor, Tensor]:
-    """Return the largest logit of each row, and the sum of all exponentials relative to its own."""
-    compute = next(found.dtype for found in losses if found is not None)
-    has_target = target != NO_TARGET
+    compute: torch.dtype,
+    wants: Sequence[bool],  # of the fields of TokenLosses
+    kept: Tensor | None,  # (C,), whether a row is not skipped; None: no row is
+) -> tuple[TokenLosses, Tensor, Tensor]:
+    """Return the numbers of each row, its largest z, and the sum of the exponentials relative to that."""
     z, _ = _bend(logits, options, compute)
+    has_target = target != NO_TARGET
     top = z.amax(1)
-    shift = torch.where(top == -torch.inf, 0, top)
-    at_target = z.gather(1, torch.where(has_target & kept, target, 0).unsqueeze(1))[:, 0]
-    z = z - shift.unsqueeze(1)
-    total = (z.exp_() if losses.smooth is None else z.exp()).sum(1)
+    at_target = z.gather(1, _index(target, kept))[:, 0]
+    z = z - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
+    total = (z.exp() if wants[1] else z.exp_()).sum(1)
     log_total = total.log()
+    found = TokenLosses(
+        nll=torch.where(has_target, log_total - (at_target - top), 0) if wants[0] else None,
+        smooth=_spread(z.sub_(log_total.unsqueeze(1)), class_weight) if wants[1] else None,
+        lse=top + log_total if wants[2] else None,
+    )
+    return (found if kept is None else found.map(lambda each: torch.where(kept, each, 0))), top, total
 
-    def write(out: Tensor | None, value: Tensor, where: Tensor) -> None:
-        if out is not None:
-            out.copy_(torch.where(where, value, 0))
 
-    write(losses.nll, log_total - (at_target - top), kept & has_target)
-    if losses.smooth is not None:
-        log_p = z.sub_(log_total.unsqueeze(1))
-        write(losses.smooth, -(log_p if class_weight is None else log_p.mul_(class_weight)).sum(1), kept)
-    write(losses.lse, top + log_total, kept)
-    return top, total
+def _spread(log_p: Tensor, class_weight: Tensor | None) -> Tensor:
+    return -(log_p if class_weight is None else log_p.mul_(class_weight)).sum(1)
+
+
+def _index(target: Tensor, kept: Tensor | None) -> Tensor:
+    """Return a class for each row, its target where that counts."""
+    counts = target != NO_TARGET
+    return torch.where(counts if kept is None else counts & kept, target, 0).unsqueeze(1)
 
 
 def gradient_reference(
@@ -149,13 +157,12 @@ def gradient_reference(
     top: Tensor,  # (C,), the results of `losses_reference`
     total: Tensor,  # (C,)
     factors: Factors,
-    kept: Tensor,  # (C,), whether a row is not skipped
+    kept: Tensor | None,  # (C,), whether a row is not skipped; None: no row is
 ) -> Tensor:
     """Return the gradient of the logits, in the dtype of `top`."""
-    has_target = target != NO_TARGET
     zero = torch.zeros_like(top)
     on_target, smooth, on_lse, square = (zero if factor is None else factor for factor in factors)
-    on_target = torch.where(has_target, on_target, 0)
+    on_target = torch.where(target != NO_TARGET, on_target, 0)
     weight_sum = logits.shape[1] if class_weight is None else class_weight.sum()
     on_p = on_target + smooth * weight_sum + on_lse
     if factors.square is not None:
@@ -165,13 +172,12 @@ def gradient_reference(
     dz = (z - top.unsqueeze(1)).exp_().mul_((on_p / total).unsqueeze(1))
     if factors.smooth is not None:
         dz -= smooth.unsqueeze(1) if class_weight is None else smooth.unsqueeze(1) * class_weight
-    index = torch.where(has_target & kept, target, 0).unsqueeze(1)
-    dz.scatter_add_(1, index, -on_target.unsqueeze(1))
+    dz.scatter_add_(1, _index(target, kept), -on_target.unsqueeze(1))
     if slope is not None:
         dz *= slope
     if options.scale != 1.0:
         dz *= options.scale
-    return dz.masked_fill_(~kept.unsqueeze(1), 0)
+    return dz if kept is None else dz.masked_fill_(~kept.unsqueeze(1), 0)
 
 
 def _bend(logits: Tensor, options: Logits, compute: torch.dtype) -> tuple[Tensor, Tensor | None]:

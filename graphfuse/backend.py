@@ -10,7 +10,8 @@ import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.buckets import split_of
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
-from graphfuse.evidence import gather
+from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
@@ -176,12 +177,13 @@ def _rewrite_shadow(
     shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord, config: Config
 ) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
+    decisions: list[Decision] = []
     for pattern in patterns:
         with shadow.without_guards(), dynamo_timed("graphfuse.match"):
             found_here = list(pattern.find(shadow))
         for found in found_here:
             if isinstance(found, Refusal):
-                graph_record.add(found)
+                decide(decisions, found, {found.anchor})
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
@@ -189,12 +191,47 @@ def _rewrite_shadow(
                     with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
                         evidence = gather(found, shadow, pattern.why)
                     refusal = _uncapturable(found, config) or left_to_inductor(found, config) or rewrite(found, shadow)
-                graph_record.add(refusal or found, evidence)
+                decide(decisions, refusal or found, region, evidence)
                 if refusal is None:
                     taken.update(region)
+    for decision in decisions:
+        graph_record.add(decision.found, decision.evidence, decision.others)
     for body in shadow.bodies:
         _rewrite_shadow(body, patterns, graph_record, config)
     return taken
+
+
+@dataclass(eq=False)
+class Decision:
+    """What becomes of one site, and what other patterns have refused there."""
+
+    found: Match | Refusal
+    evidence: Evidence | None = None
+    others: list[Refusal] = field(default_factory=list)
+
+
+def decide(
+    decisions: list[Decision], found: Match | Refusal, region: Collection[Value], evidence: Evidence | None = None
+) -> None:
+    """Add what a pattern says of a region; a refusal of another pattern in it is one of the same site.
+
+    A site is rewritten if any pattern rewrites it, and else has the reason of the first.
+    """
+    same = [
+        decision
+        for decision in decisions
+        if isinstance(decision.found, Refusal)
+        and decision.found.pattern != found.pattern
+        and decision.found.anchor in region
+    ]
+    if isinstance(found, Match):
+        others = [refusal for d in same for refusal in (d.found, *d.others) if isinstance(refusal, Refusal)]
+        decisions[:] = [d for d in decisions if d not in same]
+        decisions.append(Decision(found, evidence, others))
+    elif same:
+        same[0].others.append(found)
+    else:
+        decisions.append(Decision(found))
 
 
 @contextlib.contextmanager

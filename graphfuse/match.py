@@ -45,6 +45,8 @@ class Match:
         rounding: for people: in which dtype, and where that is rounded.
         frees: what the region keeps for backward and the replacement need not: "activations", "logits", or "" if
             that is not known.
+        stored: an input that exists in memory for the replacement's sake alone: Inductor would compute it where the
+            region reads it.
     """
 
     pattern: str
@@ -63,6 +65,7 @@ class Match:
     formula: str = ""
     rounding: str = ""
     frees: Literal["activations", "logits", ""] = "activations"
+    stored: Value | None = None
 
     @property
     def anchor(self) -> Value:

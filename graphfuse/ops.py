@@ -14,6 +14,7 @@ from __future__ import annotations
 from graphfuse.kernels._packed_glu import packed_glu
 from graphfuse.kernels._vocab_parallel import vocab_parallel_cross_entropy
 from graphfuse.kernels.add_rms_norm import add_rms_norm, rms_norm_add
+from graphfuse.kernels.cross_entropy import cross_entropy
 from graphfuse.kernels.glu import glu
 from graphfuse.kernels.layer_norm import layer_norm
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
@@ -23,6 +24,7 @@ from graphfuse.kernels.rope import rope
 
 __all__ = [
     "add_rms_norm",
+    "cross_entropy",
     "glu",
     "layer_norm",
     "linear_cross_entropy",

@@ -10,6 +10,7 @@ from pathlib import Path
 from graphfuse.config import Config
 from graphfuse.match import Match, Refusal
 
+ALWAYS = 'policy="always" rewrites it nevertheless'
 COSTS = Path(__file__).with_name("costs.toml")
 
 
@@ -43,11 +44,16 @@ def costs() -> tuple[Slower, ...]:
 
 
 def left_to_inductor(match: Match, config: Config) -> Refusal | None:
-    """The refusal of a site that Inductor's own code computes faster.
+    """The refusal of a site that Inductor's own code computes faster, or in less memory.
 
-    The figures are those of GPUs and of Inductor: elsewhere, and under `policy="always"`, every site is rewritten.
+    Other inner backends, and `policy="always"`, have every site rewritten. The figures are those of GPUs.
     """
-    if config.policy == "always" or config.inner != "inductor" or match.anchor.tensor.device.type != "cuda":
+    if config.policy == "always" or config.inner != "inductor":
+        return None
+    if match.stored is not None:
+        reason = f"cost: expected an input that is stored anyway, got {match.stored.op}, which Inductor need not store"
+        return Refusal(match.pattern, match.anchor, reason, match.covers, ALWAYS)
+    if match.anchor.tensor.device.type != "cuda":
         return None
     for row in costs():
         if row.covers(match):
@@ -55,6 +61,5 @@ def left_to_inductor(match: Match, config: Config) -> Refusal | None:
                 f"cost: expected less than Inductor's {row.inductor:g} times the time of its bytes, "
                 f"got {row.graphfuse:g} ({row.measured})"
             )
-            hint = 'policy="always" rewrites it nevertheless'
-            return Refusal(match.pattern, match.anchor, reason, match.covers, hint)
+            return Refusal(match.pattern, match.anchor, reason, match.covers, ALWAYS)
     return None

@@ -115,8 +115,8 @@ class GraphRecord:
             (found if full else others).append((id(marker()), path))
         return found or others or [(0, "")]
 
-    def add(self, found: Match | Refusal, evidence: Evidence | None = None) -> None:
-        """Note a rewritten match, with what is known of it besides, or a refusal."""
+    def add(self, found: Match | Refusal, evidence: Evidence | None = None, others: Sequence[Refusal] = ()) -> None:
+        """Note a rewritten match, with what is known of it besides, or a refusal; `others` are of the same site."""
         at = found.site if isinstance(found, Match) else None
         node = (at or found.anchor).node
         known: dict[str, Any] = {
@@ -125,10 +125,12 @@ class GraphRecord:
             "source": source_line(node),
             "graph": self.graph,
             "covers": dict(found.covers),
+            "others": {other.pattern: other.reason for other in others},
         }
         if isinstance(found, Refusal):
             self.sites.append(Site(found.pattern, "refused", reason=found.reason, hint=found.hint, **known))
             return
+        known["hint"] = next((other.hint for other in others if other.hint), "")
         params = {name: _plain(value) for name, value in found.params.items()}
         known |= {"formula": found.formula, "rounding": found.rounding, "frees": found.frees}
         if evidence is not None:

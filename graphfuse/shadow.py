@@ -105,6 +105,10 @@ class Shadow:
         """The one operation that reads the value, if there is just one and nothing else can see it."""
         return value.users[0] if len(value.users) == 1 and value not in self.escaping else None
 
+    def is_gone(self, value: Value) -> bool:
+        """Whether a rewrite has removed the node that made the value."""
+        return value.node._erased
+
     def cone(self, outputs: Iterable[Value], leaves: Iterable[Value]) -> list[Value]:
         """Every value between `leaves` (excluded) and `outputs` (included), in order of execution."""
         seen = set(leaves)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._softmax_grad import tl_tanh
+from graphfuse.kernels._softmax_device import tl_tanh
 from graphfuse.kernels._strides import fold
 from graphfuse.kernels._triton import tl, triton
 

@@ -20,12 +20,20 @@ Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (online soft
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._softmax_device import (
+    tl_gradient,
+    tl_load_or_zero,
+    tl_losses,
+    tl_on_target,
+    tl_skip_losses,
+    tl_weight_sum,
+)
 from graphfuse.kernels._triton import tl, triton
 
 NO_TARGET = -(2**63)  # what a target is replaced by where there is none: no class, and no number that a user marks with
@@ -73,6 +81,13 @@ class Factors(NamedTuple):
         """Those that are not `None`."""
         return [factor for factor in self if factor is not None]
 
+    def any(self) -> Tensor | None:
+        """Whether a row has one that is not 0; `None` without factors."""
+        found = None
+        for factor in self.given():
+            found = factor != 0 if found is None else found | (factor != 0)
+        return found
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
         """Change those that are not `None`."""
         return Factors(*(None if factor is None else change(factor) for factor in self))
@@ -89,67 +104,95 @@ def softmax_grad_reference(
 ) -> None:
     """Do in torch operations, in the dtype of `losses`, what the kernel does."""
     compute = next(found.dtype for found in losses if found is not None)
-    rows, vocab = logits.shape
+    wants = [found is not None for found in losses]
+    kept = factors.any()
+    found, top, total = losses_reference(logits, target, class_weight, options, compute, wants, kept)
+    for out, each in zip(losses, found, strict=True):
+        if out is not None and each is not None:
+            out.copy_(each)
+    if grad is not None:
+        grad.copy_(gradient_reference(logits, target, class_weight, options, top, total, factors, kept))
+
+
+def losses_reference(
+    logits: Tensor,  # (C, V)
+    target: Tensor,  # (C,)
+    class_weight: Tensor | None,  # (V,)
+    options: Logits,
+    compute: torch.dtype,
+    wants: Sequence[bool],  # of the fields of TokenLosses
+    kept: Tensor | None,  # (C,), whether a row is not skipped; None: no row is
+) -> tuple[TokenLosses, Tensor, Tensor]:
+    """Return the numbers of each row, its largest z, and the sum of the exponentials relative to that."""
+    z, _ = _bend(logits, options, compute)
     has_target = target != NO_TARGET
-    given = factors.given()
-    kept = torch.stack([factor != 0 for factor in given]).any(0) if given else torch.ones_like(has_target)
-    index = torch.where(has_target & kept, target, 0).unsqueeze(1)
+    top = z.amax(1)
+    at_target = z.gather(1, _index(target, kept))[:, 0]
+    z = z - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
+    total = (z.exp() if wants[1] else z.exp_()).sum(1)
+    log_total = total.log()
+    found = TokenLosses(
+        nll=torch.where(has_target, log_total - (at_target - top), 0) if wants[0] else None,
+        smooth=_spread(z.sub_(log_total.unsqueeze(1)), class_weight) if wants[1] else None,
+        lse=top + log_total if wants[2] else None,
+    )
+    return (found if kept is None else found.map(lambda each: torch.where(kept, each, 0))), top, total
 
-    z = logits.to(compute) * options.scale
-    slope = None
-    if options.softcap:
-        bent = torch.tanh(z / options.softcap)
-        z = options.softcap * bent
-        slope = 1 - bent * bent
-    log_p = z.log_softmax(1)
-    weight_sum = vocab if class_weight is None else class_weight.sum()
 
-    def write(out: Tensor | None, value: Tensor, where: Tensor) -> None:
-        if out is not None:
-            out.copy_(torch.where(where, value, 0))
+def _spread(log_p: Tensor, class_weight: Tensor | None) -> Tensor:
+    return -(log_p if class_weight is None else log_p.mul_(class_weight)).sum(1)
 
-    lse = z.logsumexp(1)
-    write(losses.nll, -log_p.gather(1, index)[:, 0], kept & has_target)
-    write(losses.smooth, -(log_p if class_weight is None else log_p * class_weight).sum(1), kept)
-    write(losses.lse, lse, kept)
-    if grad is None:
-        return
 
-    zero = lse.new_zeros(rows)
+def _index(target: Tensor, kept: Tensor | None) -> Tensor:
+    """Return a class for each row, its target where that counts."""
+    counts = target != NO_TARGET
+    return torch.where(counts if kept is None else counts & kept, target, 0).unsqueeze(1)
+
+
+def gradient_reference(
+    logits: Tensor,  # (C, V)
+    target: Tensor,  # (C,)
+    class_weight: Tensor | None,  # (V,)
+    options: Logits,
+    top: Tensor,  # (C,), the results of `losses_reference`
+    total: Tensor,  # (C,)
+    factors: Factors,
+    kept: Tensor | None,  # (C,), whether a row is not skipped; None: no row is
+) -> Tensor:
+    """Return the gradient of the logits, in the dtype of `top`."""
+    zero = torch.zeros_like(top)
     on_target, smooth, on_lse, square = (zero if factor is None else factor for factor in factors)
-    on_target = torch.where(has_target, on_target, 0)
-    dz = log_p.exp_().mul_((on_target + smooth * weight_sum + on_lse + 2 * square * lse).unsqueeze(1))
+    on_target = torch.where(target != NO_TARGET, on_target, 0)
+    weight_sum = logits.shape[1] if class_weight is None else class_weight.sum()
+    on_p = on_target + smooth * weight_sum + on_lse
+    if factors.square is not None:
+        on_p = on_p + 2 * square * (top + total.log())
+
+    z, slope = _bend(logits, options, top.dtype)
+    dz = (z - top.unsqueeze(1)).exp_().mul_((on_p / total).unsqueeze(1))
     if factors.smooth is not None:
         dz -= smooth.unsqueeze(1) if class_weight is None else smooth.unsqueeze(1) * class_weight
-    dz.scatter_(1, index, dz.gather(1, index) - on_target.unsqueeze(1))
+    dz.scatter_add_(1, _index(target, kept), -on_target.unsqueeze(1))
     if slope is not None:
         dz *= slope
-    dz *= options.scale
-    grad.copy_(dz.masked_fill_(~kept.unsqueeze(1), 0))
+    if options.scale != 1.0:
+        dz *= options.scale
+    return dz if kept is None else dz.masked_fill_(~kept.unsqueeze(1), 0)
+
+
+def _bend(logits: Tensor, options: Logits, compute: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return z, and f' where there is a soft cap."""
+    z = logits.to(compute)
+    if options.scale != 1.0:
+        z = z * options.scale
+    if not options.softcap:
+        return z, None
+    bent = torch.tanh(z / options.softcap)
+    return options.softcap * bent, 1 - bent * bent
 
 
 @triton.jit
-def tl_tanh(u):
-    """Return tanh(u) to 2e-7 of itself, from exp alone: portable, and able to run in the interpreter."""
-    square = u * u
-    series = square * (0.1333333333 + square * (-0.0539682540 + square * 0.0218694885))
-    series = u * (1.0 + square * -0.3333333333 + square * series)
-    decay = tl.exp(-2.0 * tl.abs(u))
-    ratio = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(u) < 0.3, series, tl.where(u < 0.0, -ratio, ratio))
-
-
-@triton.jit
-def tl_load_or_zero(ptr, row):
-    """Return the number of a row, 0 where the tensor is None."""
-    number = 0.0
-    if ptr is not None:
-        number = tl.load(ptr + row)
-    return number
-
-
-@triton.jit
-def _softmax_grad_kernel(  # noqa: PLR0912 - its branches are options, decided when it is compiled
+def _softmax_grad_kernel(
     logits_ptr,  # [C, V], row stride L
     grad_ptr,  # the same memory, its dtype may be another of the same size; None: no gradient
     target_ptr,  # [C], int64
@@ -181,84 +224,45 @@ def _softmax_grad_kernel(  # noqa: PLR0912 - its branches are options, decided w
 
     if HAS_FACTORS:  # noqa: SIM102 - decided when it is compiled, the next one for each row
         if (on_target == 0.0) & (smooth == 0.0) & (on_lse == 0.0) & (square == 0.0):
-            if nll_ptr is not None:
-                tl.store(nll_ptr + row, 0.0)
-            if smooth_ptr is not None:
-                tl.store(smooth_ptr + row, 0.0)
-            if lse_ptr is not None:
-                tl.store(lse_ptr + row, 0.0)
+            tl_skip_losses(row, nll_ptr, smooth_ptr, lse_ptr)
             if grad_ptr is not None:
                 for start in tl.range(0, L, BLOCK):
                     zero = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
                     tl.store(grad_ptr + row * L + start + offs, zero, mask=start + offs < L)
             return
 
-    # A target outside the classes reads nothing and makes NaN of what depends on it.
-    has_target = target != NO_TARGET
-    inside = (target >= 0) & (target < V)
-    at_target = tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32) * SCALE
-    if SOFTCAP != 0.0:
-        at_target = SOFTCAP * tl_tanh(at_target / SOFTCAP)
-    # Sums over all classes are taken relative to one logit, so that a large common offset costs no digits.
-    pivot = tl.where(at_target > float("-inf"), at_target, 0.0)
-
-    top = float("-inf")
-    total = 0.0
-    spread = 0.0  # sum_c w_c * (z_c - pivot)
-    for start in tl.range(0, L, BLOCK):
-        cols = start + offs
-        # L, not V: the mask then keeps whole vectors together. What lies between was never written.
-        z = tl.load(row_ptr + cols, mask=cols < L, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        z = tl.where(cols < V, z, 0.0) * SCALE
-        if SOFTCAP != 0.0:
-            z = SOFTCAP * tl_tanh(z / SOFTCAP)
-        if smooth_ptr is not None:
-            distance = z - pivot
-            if class_weight_ptr is not None:
-                distance *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-            spread += tl.sum(tl.where(cols < V, distance, 0.0))
-        z = tl.where(cols < V, z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift))
-        top = new_top
-
-    # Shifted form: log(total) - (at_target - top), never (top + log(total)) - at_target.
-    log_total = tl.log(total)
-    weight_sum = V * 1.0
-    if class_weight_ptr is not None:
-        weight_sum = tl.load(weight_sum_ptr)
-    if nll_ptr is not None:
-        nll = log_total - (at_target - top)
-        tl.store(nll_ptr + row, tl.where(has_target, tl.where(inside, nll, float("nan")), 0.0))
-    if smooth_ptr is not None:
-        tl.store(smooth_ptr + row, weight_sum * (log_total + (top - pivot)) - spread)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + row, top + log_total)
-
+    weight_sum = tl_weight_sum(weight_sum_ptr, V)
+    top, total = tl_losses(
+        row_ptr,
+        row,
+        target,
+        class_weight_ptr,
+        weight_sum,
+        nll_ptr,
+        smooth_ptr,
+        lse_ptr,
+        V,
+        L,
+        NO_TARGET,
+        SCALE,
+        SOFTCAP,
+        BLOCK,
+        "evict_last",
+    )
     if grad_ptr is not None:
-        on_target = tl.where(has_target, on_target, 0.0) * SCALE
-        on_target = tl.where(inside | (on_target == 0.0), on_target, float("nan"))
+        on_target = tl_on_target(on_target, target, V, NO_TARGET) * SCALE
         smooth *= SCALE
-        p_factor = on_target + smooth * weight_sum + SCALE * (on_lse + 2.0 * square * (top + log_total))
+        p_factor = on_target + smooth * weight_sum + SCALE * (on_lse + 2.0 * square * (top + tl.log(total)))
         p_factor /= total
         tl.debug_barrier()  # every read of this row so far comes before any write to it
         for start in tl.range(0, L, BLOCK):
             cols = start + offs
-            z = tl.load(row_ptr + cols, mask=cols < L, other=0.0, eviction_policy="evict_first").to(tl.float32)
-            z = tl.where(cols < V, z, 0.0) * SCALE
-            if SOFTCAP != 0.0:
-                bent = tl_tanh(z / SOFTCAP)
-                z = SOFTCAP * bent
-            grad = tl.exp(z - top) * p_factor
-            if smooth_factor_ptr is not None:
-                uniform = smooth
-                if class_weight_ptr is not None:
-                    uniform *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-                grad -= uniform
-            grad = tl.where(cols == target, grad - on_target, grad)
-            if SOFTCAP != 0.0:
-                grad *= 1.0 - bent * bent
+            a = tl.load(row_ptr + cols, mask=cols < L, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            a = tl.where(cols < V, a, 0.0)
+            is_smoothed: tl.constexpr = smooth_factor_ptr is not None
+            grad = tl_gradient(
+                a, cols, target, top, p_factor, on_target, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed
+            )
             grad = tl.where(cols < V, grad, 0.0).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + row * L + cols, grad, mask=cols < L, eviction_policy="evict_first")
 

@@ -170,7 +170,7 @@ def run_chunks(
     tokens = all_tokens if kept is None else kept.count()
     chosen = None if kept is None or tokens == all_tokens else kept.order[:tokens]
     if on_cpu:
-        _check_targets(target[:tokens], vocab, factors.map(lambda f: f[:tokens]))
+        check_targets(target[:tokens], vocab, factors.map(lambda f: f[:tokens]))
     size = max(1, min(tokens, chunks.size or chunk_tokens(tokens, vocab, itemsize, on_cpu=on_cpu)))
     losses = TokenLosses(*(hidden.new_empty(tokens, dtype=compute) if want else None for want in wanted))
     softmax_grad = softmax_grad_triton if use_triton else softmax_grad_reference
@@ -226,7 +226,8 @@ def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     return torch.addmm(bias, x, weight.t(), out=logits)
 
 
-def _check_targets(target: Tensor, vocab: int, factors: Factors) -> None:
+def check_targets(target: Tensor, vocab: int, factors: Factors) -> None:
+    """Raise IndexError for a class that there is not, in a row whose nll has a factor."""
     wrong = ((target < 0) | (target >= vocab)) & (target != NO_TARGET)
     if factors.given():
         wrong &= False if factors.nll is None else factors.nll != 0

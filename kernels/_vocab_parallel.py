@@ -25,8 +25,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
+from graphfuse.kernels._loss import REDUCTIONS
+from graphfuse.kernels._op import check_choice
 from graphfuse.kernels._softmax_grad import NO_TARGET
-from graphfuse.kernels.linear_cross_entropy import REDUCTIONS, prepare
+from graphfuse.kernels.linear_cross_entropy import prepare
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -80,8 +82,7 @@ def vocab_parallel_cross_entropy(
     Numerics: as `linear_cross_entropy` with reduction "none"; backward computes the logits again.
     Source: Megatron-LM, https://arxiv.org/abs/1909.08053
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if first_class < 0:
         raise ValueError(f"first_class: expected the number of a class, got {first_class}")
     if not weight.numel():

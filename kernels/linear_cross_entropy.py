@@ -22,22 +22,19 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _head_ops as _  # noqa: F401  (registers the ops)
+from graphfuse.kernels._loss import (
+    LossOptions,
+    check_loss,
+    check_softcap,
+    check_target,
+    cross_entropy_reference,
+    reduced,
+    reject_transforms,
+)
 from graphfuse.kernels._op import DTYPES, compute_dtype
 from graphfuse.kernels._softmax_grad import NO_TARGET
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference", "linear_log_probs"]
-
-REDUCTIONS = ("mean", "sum", "none")
-
-
-class LossOptions(NamedTuple):
-    """Numbers of the loss; see `linear_cross_entropy`."""
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    logit_scale: float = 1.0
-    softcap: float = 0.0
-    z_loss: float = 0.0
 
 
 def linear_cross_entropy_reference(
@@ -55,27 +52,7 @@ def linear_cross_entropy_reference(
     z = torch.nn.functional.linear(hidden, weight, bias)
     if low_rank is not None:
         z = (z + torch.nn.functional.linear(*low_rank)).to(hidden.dtype)
-    z = z.to(logits_dtype) * options.logit_scale
-    if options.softcap:
-        z = options.softcap * torch.tanh(z / options.softcap)
-    if class_weight is not None:
-        class_weight = class_weight.to(logits_dtype)
-    losses = torch.nn.functional.cross_entropy(
-        z,
-        target,
-        class_weight,
-        ignore_index=options.ignore_index,
-        reduction="none" if options.z_loss else reduction,
-        label_smoothing=options.label_smoothing,
-    )
-    if not options.z_loss:
-        return losses
-    counted = target != options.ignore_index
-    losses = losses + torch.where(counted, options.z_loss * z.logsumexp(1) ** 2, 0)
-    if reduction == "none":
-        return losses
-    count = _of_target(target, counted, class_weight, losses.dtype).sum()
-    return losses.sum() / count if reduction == "mean" else losses.sum()
+    return cross_entropy_reference(z, target, class_weight, options, reduction, logits_dtype)
 
 
 def linear_cross_entropy(
@@ -137,42 +114,21 @@ def linear_cross_entropy(
     deterministic.
     Source: Liger-Kernel, https://arxiv.org/abs/2410.10989
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if logits_dtype is not None and logits_dtype not in DTYPES:
-        raise TypeError(f"logits_dtype: expected fp16, bf16, fp32 or fp64, got {logits_dtype}")
-    logits_dtype = logits_dtype or compute_dtype(hidden.dtype)
+    check_loss(reduction, label_smoothing, logits_dtype)
     head = prepare(hidden, weight, target, bias, low_rank, class_weight, logit_scale, softcap, chunk_size, compact)
-
-    target = target.reshape(-1).to(torch.int64)
-    counted = target != ignore_index
     compute = compute_dtype(hidden.dtype)
-    if class_weight is not None:
-        class_weight = class_weight.detach().to(compute)
-    of_target = _of_target(target, counted, class_weight, compute)
-    on_nll = (1.0 - label_smoothing) * of_target
-    on_smooth = label_smoothing / weight.shape[0] * counted.to(compute) if label_smoothing else None
-    on_square = z_loss * counted.to(compute) if z_loss else None
-    target = torch.where(counted, target, NO_TARGET)
-    if reduction == "none":
-        wants = (True, on_smooth is not None, on_square is not None)
-        nll, smooth, lse = head.each(target, class_weight, skip=True, wants=wants)
-        loss = torch.where(counted, nll * on_nll, 0)
-        if on_smooth is not None:
-            loss = loss + torch.where(counted, smooth * on_smooth, 0)
-        if on_square is not None:
-            loss = loss + lse.square() * on_square
-        return loss.to(logits_dtype).reshape(head.shape)
-    factors: list[Tensor | None] = [on_nll, on_smooth, None, on_square]
-    if reduction == "sum":
-        return head.sum(target, class_weight, *factors).to(logits_dtype)
-    count = of_target.sum()
-    factors = [None if factor is None else torch.where(counted, factor / count, 0) for factor in factors]
-    # Added, because a sum saves nothing for backward: a checkpoint has no reason to run the op again.
-    nan_if_none = torch.where(count == 0, torch.nan, torch.zeros_like(count))
-    return (head.sum(target, class_weight, *factors) + nan_if_none).to(logits_dtype)
+    loss = reduced(
+        head,
+        target,
+        weight.shape[0],
+        compute,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        z_loss=z_loss,
+    )
+    return loss.to(logits_dtype or compute)
 
 
 def linear_log_probs(
@@ -255,14 +211,6 @@ class _Head(NamedTuple):
         return found
 
 
-def _of_target(target: Tensor, counted: Tensor, class_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the class weight of each token's target, 0 where it does not count."""
-    if class_weight is None:
-        return counted.to(dtype)
-    index = target.clamp(0, class_weight.shape[0] - 1)  # what is outside is found out later
-    return torch.where(counted, class_weight[index], 0)
-
-
 def _is_autocast(hidden: Tensor) -> bool:
     return torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
 
@@ -289,31 +237,13 @@ def prepare(
     if low_hidden is not None and low_weight is not None:
         _check_low_rank(low_hidden, low_weight, hidden, weight)
         low_hidden = low_hidden.reshape(-1, low_hidden.shape[-1])
-    if softcap is not None and not 0.0 <= softcap < float("inf"):
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    check_softcap(softcap)
     if chunk_size is not None and chunk_size < 0:
         raise ValueError(f"chunk_size: expected None or a number of tokens, got {chunk_size}")
-    _reject_transforms(hidden, weight, bias, low_hidden, low_weight)
+    reject_transforms(hidden, weight, bias, low_hidden, low_weight)
     rows = hidden.reshape(-1, hidden.shape[-1])
     options = (logit_scale, softcap or 0.0, chunk_size or 0, compact)
     return _Head(rows, weight, bias, low_hidden, low_weight, target.shape, options)
-
-
-def _reject_transforms(*tensors: Tensor | None) -> None:
-    """vmap alone is fine; derivatives as functions are not those of autograd."""
-    if torch.compiler.is_compiling():
-        return
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if torch._C._are_functorch_transforms_active() and tensor.requires_grad:
-            inner = tensor
-            while torch._C._functorch.is_functorch_wrapped_tensor(inner):
-                if torch._C._functorch.is_gradtrackingtensor(inner):
-                    raise RuntimeError("torch.func: expected no grad, vjp or jacrev of this op, got one; use autograd")
-                inner = torch._C._functorch.get_unwrapped(inner)
-        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError("torch.func: expected no forward-mode derivative of this op, got one; use autograd")
 
 
 def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, class_weight: Tensor | None) -> None:
@@ -325,10 +255,7 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
         raise ValueError("hidden: expected at least 1 dimension, got 0")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target: expected int64 or int32, got {target.dtype}")
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"target: expected shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+    check_target(target, hidden.shape[:-1])
     if bias is not None and bias.dtype != hidden.dtype:
         raise TypeError(f"bias: expected {hidden.dtype}, the dtype of hidden, got {bias.dtype}")
     if class_weight is not None and class_weight.dtype not in DTYPES:

@@ -7,6 +7,7 @@ from graphfuse.patterns import (
     add_rms_norm,
     attention,
     causal_attention,
+    cross_entropy,
     glu,
     layer_norm,
     linear_cross_entropy,
@@ -17,6 +18,7 @@ from graphfuse.patterns import (
 
 CATALOGUE: tuple[Pattern, ...] = (
     linear_cross_entropy.PATTERN,
+    cross_entropy.PATTERN,
     causal_attention.PATTERN,
     attention.PATTERN,
     norm_rope.PATTERN,

@@ -1,8 +1,9 @@
-"""What the values behind a matrix product may be, while a head is followed through the shadow.
+"""What the values behind logits may be, while they are followed through the shadow.
 
-A product starts as `Rows`: for each token one row of classes. Casts, scales, a soft cap, a choice of rows, the sum with
-another product keep it that; a softmax and its logarithm too. What reduces the classes is a number per token
-(`Tokens`), and every such number that losses are made of is a sum of three, with factors:
+Logits, the result of a matrix product or whatever else they start as, are `Rows`: for each token one row of classes.
+Casts, scales, a soft cap, a choice of rows, the sum with another product keep them that; a softmax and its logarithm
+too. What reduces the classes is a number per token (`Tokens`), and every such number that losses are made of is a sum
+of three, with factors:
 
     nll    = logsumexp(z) - z[target]
     smooth = sum over the classes of class_weight * (logsumexp(z) - z)
@@ -66,9 +67,9 @@ Summands = tuple[tuple[Value, float], ...]  # each with its factor
 
 @dataclass(frozen=True)
 class Source:
-    """Which logits, and of which rows: `softcap(scale * (product + others + biases))`."""
+    """Which logits, and of which rows: `softcap(scale * (start + others + biases))`."""
 
-    product: Value
+    start: Value  # a product, or rows that are given
     others: Summands = ()  # products of fewer features, as adapters add them
     biases: Summands = ()
     scale: float = 1.0
@@ -131,9 +132,9 @@ class Tokens:
 
 @dataclass
 class Trail:
-    """Everything that was made of one product, or of several that are added."""
+    """Everything that was made of one start, or of several that are added."""
 
-    products: list[Value]
+    starts: list[Value]
     rows: dict[Value, Rows] = field(default_factory=dict)
     tokens: dict[Value, Tokens] = field(default_factory=dict)
 

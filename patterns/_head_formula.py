@@ -1,4 +1,4 @@
-"""A head and its losses as a formula, for people."""
+"""Losses, and the head that they are of, as a formula, for people."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ LOSSES = {
 }
 
 
-def formula(terms: Sequence[Term], source: Source, *, is_total: bool) -> str:
-    """What the losses are of the logits z, and what these are of the hidden states h."""
+def formula(terms: Sequence[Term], source: Source, *, is_total: bool, is_given: bool = False) -> str:
+    """What the losses are of the logits z, and what these are of the hidden states h, or of logits x that are given."""
     losses = " + ".join(_loss(term) for term in dict.fromkeys(terms))
     if is_total:
         steps = [step for term in terms for step in term.program]
         is_mean = any(step[0] == "mean" or (step[0] == "nll" and step[2] == "mean") for step in steps)
         losses = f"{'mean' if is_mean else 'sum'}({losses})"
-    z = algebra.product(algebra.symbol("h"), algebra.symbol("Wᵀ"))
+    z = algebra.symbol("x") if is_given else algebra.product(algebra.symbol("h"), algebra.symbol("Wᵀ"))
     for k, (_, factor) in enumerate(source.others):
         mark = "₁₂₃₄₅₆₇₈₉"[k % 9]
         other = algebra.product(algebra.number(factor), algebra.symbol(f"h{mark}"), algebra.symbol(f"W{mark}ᵀ"))

@@ -33,8 +33,8 @@ class Summand:
 
 def summands(source: Source, shadow: Shadow) -> list[Summand]:
     """The products of a head, that of most features first; all their hidden states have the same leading sizes."""
-    products = [(source.product, 1.0), *source.others]
-    vocabulary = source.product.shape[-1]
+    products = [(source.start, 1.0), *source.others]
+    vocabulary = source.start.shape[-1]
     for bias, _ in source.biases:
         if bias.shape[-1:] != (vocabulary,) or math.prod(bias.shape) != vocabulary:
             raise Obstacle(f"bias: expected shape ({vocabulary},), got {bias.shape}")

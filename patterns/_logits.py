@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,13 +42,23 @@ ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def follow(shadow: Shadow) -> list[Trail]:
-    """The trails of all products in the shadow, in order."""
+def products(shadow: Shadow) -> dict[Value, Rows]:
+    """All products in the shadow, each a start."""
+    found = {}
+    for value in shadow.values:
+        if value.op in PRODUCTS and (value.op is not aten.bmm.default or value.shape[0] == 1):
+            biases = ((value.args[0], 1.0),) if value.op is aten.addmm.default else ()
+            found[value] = Rows(Source(value, biases=biases), "logits", len(value.shape) - 1)
+    return found
+
+
+def follow(shadow: Shadow, starts: Mapping[Value, Rows]) -> list[Trail]:
+    """The trails of these values, in order of the shadow."""
     trail_of: dict[Value, Trail] = {}
     trails: list[Trail] = []
     for value in shadow.values:
-        if value.op in PRODUCTS and (value.op is not aten.bmm.default or value.shape[0] == 1):
-            trail_of[value] = Trail([value], {value: _product(value)})
+        if value in starts:
+            trail_of[value] = Trail([value], {value: starts[value]})
             trails.append(trail_of[value])
             if value.op is aten.addmm.default:
                 _join(value, [value.args[0], value], trails, trail_of)
@@ -74,11 +84,6 @@ def follow(shadow: Shadow) -> list[Trail]:
     return trails
 
 
-def _product(value: Value) -> Rows:
-    biases = ((value.args[0], 1.0),) if value.op is aten.addmm.default else ()
-    return Rows(Source(value, biases=biases), "logits", len(value.shape) - 1)
-
-
 def _join(value: Value, parts: Sequence[Any], trails: list[Trail], trail_of: dict[Value, Trail]) -> bool:
     """Make one trail of two whose logits the value adds; whether it does just that."""
     if any(not isinstance(part, Value) or part not in trail_of or part.shape != value.shape for part in parts):
@@ -95,7 +100,7 @@ def _join(value: Value, parts: Sequence[Any], trails: list[Trail], trail_of: dic
     state = _added(first, second, -float(alpha) if value.op in SUB else float(alpha))
     if state is None:
         return False
-    into.products += other.products
+    into.starts += other.starts
     into.rows |= {**other.rows, value: state}
     into.tokens |= other.tokens
     trail_of.update(dict.fromkeys([*other.rows, *other.tokens, value], into))
@@ -104,19 +109,20 @@ def _join(value: Value, parts: Sequence[Any], trails: list[Trail], trail_of: dic
 
 
 def _added(first: Rows, second: Rows, factor: float) -> Rows | None:
-    """`first + factor * second`; the product of most features is the first one then."""
+    """`first + factor * second` of products; that of most features is the first one then."""
     a, b = first.source, second.source
-    is_linear = not (a.softcap or b.softcap or a.classes or b.classes or a.lane or b.lane)
+    is_linear = not any(source.softcap or source.classes or source.lane for source in (a, b))
+    is_product = a.start.op in PRODUCTS and b.start.op in PRODUCTS
     alike = [
-        replace(rows, source=Source(a.product, choices=rows.source.choices, lead=rows.source.lead))
+        replace(rows, source=Source(a.start, choices=rows.source.choices, lead=rows.source.lead))
         for rows in (first, second)
     ]
-    if first.kind != "logits" or not is_linear or alike[0] != alike[1]:
+    if first.kind != "logits" or not is_linear or not is_product or alike[0] != alike[1]:
         return None
     ratio = factor * b.scale / a.scale
-    if b.product.args[-2].shape[-1] > a.product.args[-2].shape[-1]:
+    if b.start.args[-2].shape[-1] > a.start.args[-2].shape[-1]:
         a, b, ratio = replace(b, scale=factor * b.scale), a, 1.0 / ratio
-    others = (*a.others, (b.product, ratio), *((other, f * ratio) for other, f in b.others))
+    others = (*a.others, (b.start, ratio), *((other, f * ratio) for other, f in b.others))
     biases = (*a.biases, *((bias, f * ratio) for bias, f in b.biases))
     return replace(first, source=replace(a, others=others, biases=biases))
 

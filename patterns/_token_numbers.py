@@ -58,7 +58,7 @@ def is_apart(value: Value, made: Value, trail: Trail, shadow: Shadow) -> bool:
     """Whether the value is known before the logits are, and needs no gradient of what is made with it."""
     if value.tensor.requires_grad and made.grad_mode:
         return False
-    return not set(trail.products) & set(shadow.cone([value], []))
+    return not set(trail.starts) & set(shadow.cone([value], []))
 
 
 def _with_operand(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graphfuse.kernels._softmax_grad import NO_TARGET
 from graphfuse.kernels._token_chunks import Needs
+from graphfuse.kernels.cross_entropy import TokenLogits
 from graphfuse.match import CASTS, IDENTITIES
 from graphfuse.patterns._head import Choice, Step, origin
 from graphfuse.shadow import Shadow, Value
@@ -43,6 +44,7 @@ EXPRESSIBLE = {
     *PLAIN,
 }
 Term = tuple[str, float, tuple[Step, ...], tuple[Choice, ...]]  # loss, coefficient, program, choices of its own
+Output = tuple[tuple[Term, ...], tuple[str, bool] | None, torch.dtype]  # its terms, how it is laid out, its dtype
 LOSSES = ("nll", "smooth", "lse", "square")
 
 
@@ -181,6 +183,31 @@ class _Tokens(NamedTuple):
     inputs: Sequence[Tensor]
     classes: int
 
+    def marked(self, target_choices: Sequence[Choice], ignore_index: int | None) -> Tensor:
+        """The target of every token, NO_TARGET where it does not count or is not chosen."""
+        target = self.target
+        marked = target if ignore_index is None else torch.where(target != ignore_index, target, NO_TARGET)
+        return _spread(marked, choose(self.layout, target_choices, 0), target_choices, NO_TARGET)
+
+    def factors(self, terms: Sequence[Term], dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor | None]:
+        """What each of the tokens' losses is multiplied by in a total; NaN to add to that where nothing counts."""
+        factors: dict[str, Tensor] = {}
+        nan_if_none = None
+        for term in terms:
+            weights, counts = self.weights(term, dtype)
+            factors[term[0]] = factors[term[0]] + weights if term[0] in factors else weights
+            for count in counts:
+                one = torch.where((count == 0) & (weights == 0).all(), torch.nan, 0.0)
+                nan_if_none = one if nan_if_none is None else nan_if_none + one
+        return [factors.get(loss) for loss in LOSSES], nan_if_none
+
+    def outputs(self, outputs: Sequence[Output], found: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs that are made of the numbers per token that an op has found."""
+        losses = {"nll": found[0], "smooth": found[1], "lse": found[2]}
+        if "square" in _wanted(outputs):
+            losses["square"] = found[2] * found[2]
+        return tuple(self.output(terms, layout, losses).to(dtype) for terms, layout, dtype in outputs)
+
     def weights(self, term: Term, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """What each token's loss is multiplied by, and what means are divided by."""
         _, coefficient, program, choices = term
@@ -216,6 +243,24 @@ def _times(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
+def _wanted(outputs: Sequence[Output]) -> set[str]:
+    """The losses that the outputs are made of."""
+    return {term[0] for terms, *_ in outputs for term in terms}
+
+
+def _asked(outputs: Sequence[Output], ignore_index: int | None) -> tuple[tuple[bool, bool, bool], bool]:
+    """Which numbers per token an op has to find, and whether it may skip tokens without a target."""
+    wanted = _wanted(outputs)
+    wants = ("nll" in wanted, "smooth" in wanted, bool(wanted & {"lse", "square"}))
+    return wants, ignore_index is not None and wanted == {"nll"}
+
+
+def _tokens(layout: Tensor, targets: Sequence[Any], inputs: Sequence[Tensor], classes: int) -> _Tokens:
+    parts = [compute(part, inputs) for part in targets]
+    target = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(torch.int64)
+    return _Tokens(layout, target, inputs, classes)
+
+
 def _beside(parts: Sequence[Tensor]) -> Tensor | None:
     """The columns of all parts in one matrix."""
     return torch.cat(tuple(parts), 1) if len(parts) > 1 else (*parts, None)[0]
@@ -236,7 +281,7 @@ def replacement(
     choices: tuple[Choice, ...],
     logit_scale: float,
     softcap: float,
-    outputs: tuple[tuple[tuple[Term, ...], tuple[str, bool] | None, torch.dtype], ...],
+    outputs: tuple[Output, ...],
     is_total: bool,
     compute_dtype: torch.dtype,
     low_dtype: torch.dtype,
@@ -265,37 +310,57 @@ def replacement(
         low_weight = [each[slice(*classes)] for each in low_weight]
     on_class = None if class_weight is None else inputs[class_weight].reshape(-1).to(compute_dtype)
 
-    parts = [compute(part, inputs) for part in targets]
-    target = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(torch.int64)
-    marked = target if ignore_index is None else torch.where(target != ignore_index, target, NO_TARGET)
-    marked = _spread(marked, choose(layout, target_choices, 0), target_choices, NO_TARGET)
-    tokens = _Tokens(layout, target, inputs, weight.shape[0])
+    tokens = _tokens(layout, targets, inputs, weight.shape[0])
+    marked = tokens.marked(target_choices, ignore_index)
     head = (hidden.flatten(0, -2), weight, offset, _beside(low_hidden), _beside(low_weight), marked, on_class)
     options = (logit_scale, softcap, 0, None)
 
     if is_total:
         ((terms, _, dtype),) = outputs
-        factors: dict[str, Tensor] = {}
-        nan_if_none = None
-        for term in terms:
-            weights, counts = tokens.weights(term, compute_dtype)
-            factors[term[0]] = factors[term[0]] + weights if term[0] in factors else weights
-            for count in counts:
-                one = torch.where((count == 0) & (weights == 0).all(), torch.nan, 0.0)
-                nan_if_none = one if nan_if_none is None else nan_if_none + one
+        factors, nan_if_none = tokens.factors(terms, compute_dtype)
         total = torch.ops.graphfuse.linear_cross_entropy.default(
             *head,
-            *(factors.get(loss) for loss in LOSSES),
+            *factors,
             *options,
             [name in needs for name in Needs._fields],
         )[0]
         return ((total if nan_if_none is None else total + nan_if_none).to(dtype),)
 
-    wanted = {term[0] for terms, *_ in outputs for term in terms}
-    wants = ("nll" in wanted, "smooth" in wanted, bool(wanted & {"lse", "square"}))
-    skips = ignore_index is not None and wanted == {"nll"}
-    found = torch.ops.graphfuse.linear_token_losses.default(*head, *options, *wants, skips)
-    losses = {"nll": found[0], "smooth": found[1], "lse": found[2]}
-    if "square" in wanted:
-        losses["square"] = found[2] * found[2]
-    return tuple(tokens.output(terms, layout, losses).to(dtype) for terms, layout, dtype in outputs)
+    wants, skips = _asked(outputs, ignore_index)
+    return tokens.outputs(outputs, torch.ops.graphfuse.linear_token_losses.default(*head, *options, *wants, skips))
+
+
+def replacement_of_logits(
+    logits: Tensor,
+    *others: Tensor,
+    targets: tuple[Any, ...],
+    target_choices: tuple[Choice, ...],
+    ignore_index: int | None,
+    class_weight: int | None,
+    classes: tuple[int, int | None] | None,
+    choices: tuple[Choice, ...],
+    logit_scale: float,
+    softcap: float,
+    outputs: tuple[Output, ...],
+    is_total: bool,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """What stands in the place of a region of which the logits are given; as in `replacement`."""
+    inputs = (logits, *others)
+    logits = choose(logits, choices, 1)
+    layout = logits.select(-1, 0)
+    logits = logits if classes is None else logits[(..., slice(*classes))]
+    on_class = None if class_weight is None else inputs[class_weight].reshape(-1).to(compute_dtype)
+    tokens = _tokens(layout, targets, inputs, logits.shape[-1])
+    marked = tokens.marked(target_choices, ignore_index)
+    source = TokenLogits(logits.flatten(0, -2), logit_scale, softcap)
+
+    if is_total:
+        ((terms, _, dtype),) = outputs
+        factors, nan_if_none = tokens.factors(terms, compute_dtype)
+        total = source.sum(marked, on_class, *factors)
+        return ((total if nan_if_none is None else total + nan_if_none).to(dtype),)
+
+    wants, _ = _asked(outputs, ignore_index)
+    is_nll = wants == (True, False, False)  # of which a token without a target has none
+    return tokens.outputs(outputs, source.each(marked, on_class, skip=is_nll, wants=wants))

@@ -13,9 +13,9 @@ from graphfuse.policy import costs, left_to_inductor
 WIDE = 12288
 
 
-def match(features=WIDE, device="cuda", pattern="layer_norm"):
+def match(features=WIDE, device="cuda", pattern="layer_norm", stored=None):
     anchor = SimpleNamespace(shape=(4, features), tensor=SimpleNamespace(device=torch.device(device)))
-    return SimpleNamespace(pattern=pattern, anchor=anchor, covers={pattern: 1})
+    return SimpleNamespace(pattern=pattern, anchor=anchor, covers={pattern: 1}, stored=stored)
 
 
 def test_leaves_what_inductor_computes_faster():
@@ -23,6 +23,18 @@ def test_leaves_what_inductor_computes_faster():
     assert refusal.reason.startswith("cost: expected less than Inductor's 1.83 times the time of its bytes, got 3.59")
     assert 'policy="always"' in refusal.hint
     assert refusal.covers == {"layer_norm": 1}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_leaves_what_would_have_to_be_stored_first(device):
+    found = match(device=device, pattern="cross_entropy", stored=SimpleNamespace(op="aten.mul.Tensor"))
+    refusal = left_to_inductor(found, Config())
+    assert refusal.reason == (
+        "cost: expected an input that is stored anyway, got aten.mul.Tensor, which Inductor need not store"
+    )
+    assert 'policy="always"' in refusal.hint
+    assert left_to_inductor(found, Config(policy="always")) is None
+    assert left_to_inductor(found, Config(inner="aot_eager")) is None
 
 
 @pytest.mark.parametrize(

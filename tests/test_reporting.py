@@ -79,6 +79,22 @@ def test_states_reason_and_totals(monkeypatch):
     assert text.splitlines()[-1] == "graphfuse: 2 sites rewritten, 1 refused in 1 graph; covered: rms_norm 2"
 
 
+def test_shows_what_other_patterns_refused(monkeypatch):
+    """One site, whose hint is for the pattern that was refused and not for the one that took it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    others = {HEAD.pattern: HEAD.reason}
+    taken = replace(HEAD, pattern="cross_entropy", status="rewritten", variant="mean", reason="", others=others)
+    report = Report([replace(taken, hint="do not return them")])
+    assert (len(report.rewritten), len(report.refused)) == (1, 0)
+    text = str(report)
+    assert f"not linear_cross_entropy: {HEAD.reason}" in text
+    assert "to match, linear_cross_entropy at loss_utils.py:38: do not return them" in text
+    assert f"- not linear_cross_entropy: {HEAD.reason}" in report.to_markdown().replace("\\", "")
+    refused = Report([replace(HEAD, others={"cross_entropy": "logits: expected more"}, hint="return others")])
+    assert "not cross_entropy: logits: expected more" in str(refused)
+    assert "to match, linear_cross_entropy at loss_utils.py:38: return others" in str(refused)
+
+
 def test_fits_a_narrow_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     assert max(len(line) for line in str(Report([*layers(2), HEAD])).splitlines()) <= 60

@@ -191,6 +191,18 @@ def _packed_glu(rows: int, width: int, activation: str) -> Problem:
     return Problem((packed,), functions, 3 * _bytes(packed) // 2, 5 * _bytes(packed) // 2)
 
 
+def _cross_entropy(tokens: int, vocab: int) -> Problem:
+    logits = _random(tokens, vocab)
+    target = torch.randint(vocab, (tokens,), device="cuda")
+    functions: dict[str, Function] = {
+        "graphfuse": ops.cross_entropy,
+        "eager": lambda z, y: functional.cross_entropy(z.float(), y),
+        "torch": functional.cross_entropy,
+    }
+    functions = _with_liger(functions, "cross_entropy", lambda f: f)
+    return Problem((logits, target), functions, _bytes(logits), 2 * _bytes(logits))
+
+
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     return functional.silu if name == "silu" else lambda x: functional.gelu(x, approximate="tanh")
 
@@ -211,4 +223,7 @@ CASES = (
     Case("glu silu packed", "16384x14336", lambda: _packed_glu(16384, 14336, "silu"), quick=True),
     Case("glu gelu_tanh", "16384x14336", lambda: _glu(16384, 14336, "gelu_tanh")),
     Case("glu gelu_tanh packed", "16384x14336", lambda: _packed_glu(16384, 14336, "gelu_tanh")),
+    Case("cross_entropy", "8192x128256", lambda: _cross_entropy(8192, 128256), quick=True),
+    Case("cross_entropy", "8192x50257", lambda: _cross_entropy(8192, 50257)),
+    Case("cross_entropy", "16384x32000", lambda: _cross_entropy(16384, 32000)),
 )

@@ -47,7 +47,12 @@ class Site:
     module_class: str = ""
     """Class of that module."""
     hint: str = ""
-    """What to change in the model's code so that a refused site matches, where there is such a thing."""
+    """What to change in the model's code so that a refused site matches, where there is such a thing.
+
+    Of a site that was rewritten although others refused it: what the first of those would need.
+    """
+    others: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Other patterns that refused the same site, each with its reason."""
     formula: str = ""
     """What is computed, as algebra: "x · (mean(x²) + 1e-06)^(-1/2) · w"."""
     rounding: str = ""
@@ -72,6 +77,11 @@ class Site:
     """The nodes of the region in Dynamo's graph, one a line."""
     after: str = ""
     """What stands there now."""
+
+    @property
+    def wanted(self) -> str:
+        """The pattern that the hint is for."""
+        return next(iter(self.others), self.pattern) if self.status == "rewritten" else self.pattern
 
 
 @dataclass
@@ -312,7 +322,8 @@ def facts(kind: Kind) -> list[tuple[str, str]]:
         ("variant", site.variant),
         ("rounding", site.rounding),
         ("reason", site.reason),
-        ("to match", site.hint),
+        *((f"not {pattern}", reason) for pattern, reason in site.others.items()),
+        ("to match", site.hint if site.wanted == site.pattern or not site.hint else f"{site.wanted}: {site.hint}"),
         ("source", site.source),
         ("kernel", f"{site.kernel}: {site.kernel_reason}" if site.kernel_reason else site.kernel),
         ("saved", _saved(site, kind.saved_bytes or 0, count)),

@@ -40,7 +40,7 @@ def lines(report: Report, width: int, *, details: bool = False) -> Iterator[Rend
     yield Text(report.totals(), style="bold")
     yield from map(Text, report.ways())
     sites = [kind.site for kind in found if kind.site.hint and not details]
-    told = (f"to match, {site.pattern} at {short(site.source)}: {site.hint}" for site in sites)
+    told = (f"to match, {site.wanted} at {short(site.source)}: {site.hint}" for site in sites)
     yield from map(Text, dict.fromkeys(told))
     for note in report.notes:
         yield Text(f"note: {note}", style="yellow")
@@ -64,7 +64,7 @@ def _table(found: list[Kind], width: int) -> Table:
             Text(module),
             str(len(kind.sites)),
             Text(site.status, style=COLOURS[site.status]),
-            Text(site.reason or site.variant),
+            Text("\n".join([site.reason or site.variant, *(f"not {p}: {r}" for p, r in site.others.items())])),
         ]
         table.add_row(*cells, *([Text(short(site.source))] if width >= SOURCE_WIDTH else []))
     return table

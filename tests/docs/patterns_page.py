@@ -5,6 +5,7 @@ import html
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,12 @@ from tests.docs.reasons import ROOT, reasons_in
 PAGE = ROOT / "docs" / "patterns.md"
 SPELLINGS = tomllib.loads(Path(__file__).with_name("spellings.toml").read_text(encoding="utf-8"))
 
-# Files beside a pattern's own that give reasons for it.
-PARTS = {
-    "causal_attention": ("_attention_mask",),
-    "attention": ("_attention_mask",),
-    "linear_cross_entropy": ("_head", "_head_operands", "_logits", "_token_program"),
+# Other files that give reasons for a pattern.
+BESIDES = {
+    "causal_attention": ("_attention_mask.py",),
+    "attention": ("_attention_mask.py",),
+    "linear_cross_entropy": ("_losses.py", "_head_operands.py", "_token_program.py"),
+    "cross_entropy": ("_losses.py", "_token_program.py"),
 }
 
 HEAD = """\
@@ -32,7 +34,8 @@ edit. The code in the tables ([spellings.toml](../tests/docs/spellings.toml)) wa
 formula, variant and rounding are what the report said of it. They are samples: a pattern recognises what is computed,
 however it is spelled. What is recognised is still [proved](how_it_works.md#certify) before it is rewritten.
 
-A site belongs to the first pattern that takes it: a norm after a sum to `add_rms_norm`, any other to `rms_norm`.
+A site belongs to the first pattern that takes it: a norm after a sum to `add_rms_norm`, any other to `rms_norm`. Where
+several refuse it, or one refuses and another takes it, it is one site, and the report has the other reasons there.
 `graphfuse.optimize(model, patterns=["rope", "glu"])` looks for these alone. Every reason for a refusal is explained in
 [troubleshooting.md](troubleshooting.md#refusals).
 """
@@ -47,9 +50,10 @@ def tensors() -> dict[str, torch.Tensor]:
     angles = torch.arange(8.0)[:, None] * torch.rand(8)
     both = torch.cat((angles, angles), -1)
     weights = {"w": draw(64), "b": draw(64), "m": draw(64, 32), "packed": draw(64, 64), "head": draw(16)}
+    weights |= {"large": draw(2048, 64), "gain": draw(1)}
     weights |= {"vocabulary": draw(96, 64), "vocabulary2": draw(96, 64), "trained": draw(8, 16)}
     inputs = {"x": draw(2, 8, 64), "y": draw(2, 8, 64), "gate": draw(2, 8, 64), "up": draw(2, 8, 64)}
-    inputs |= {"q": draw(2, 4, 8, 16), "hidden": draw(16, 64)}
+    inputs |= {"q": draw(2, 4, 8, 16), "hidden": draw(16, 64), "scores": draw(16, 2048)}
     known = {name: tensor.requires_grad_() for name, tensor in {**weights, **inputs}.items()}
     return known | {
         "cos": both.cos().bfloat16(),
@@ -58,6 +62,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "bias": draw(2, 4, 8, 8),
         "padding": torch.ones(2, 8, dtype=torch.long),
         "labels": torch.randint(96, (16,)),
+        "classes": torch.randint(2048, (16,)),
         "tokens": torch.randint(96, (2, 8)),
     }
 
@@ -77,9 +82,11 @@ def seen(code: str, pattern: str) -> graphfuse.Site:
     torch._dynamo.reset()
     compiled = graphfuse.optimize(space["f"], inner="eager", strict=True, fullgraph=True)
     compiled(*(known[name] for name in names))
-    sites = [site for site in graphfuse.report(compiled).sites if site.pattern == pattern]
+    sites = [site for site in graphfuse.report(compiled).sites if site.pattern == pattern or pattern in site.others]
     assert len(sites) == 1, f"{pattern}: expected one site, got {sites} in {code}"
-    return sites[0]
+    (site,) = sites
+    is_other = site.pattern != pattern
+    return replace(site, pattern=pattern, status="refused", reason=site.others[pattern], hint="") if is_other else site
 
 
 def page() -> str:
@@ -104,8 +111,8 @@ def _section(pattern: Pattern) -> str:
     if refused:
         parts.append("\nRefused, for example:\n\n| code | reason | what helps |\n|---|---|---|")
         parts += [f"| {_code(item['code'])} | {_code(site.reason)} | {site.hint or '–'} |" for item, site in refused]
-    files = [ROOT / "patterns" / f"{name}.py" for name in (pattern.name, *PARTS.get(pattern.name, ()))]
-    reasons = [reason for path in files for reason in reasons_in(path)]
+    files = [f"{pattern.name}.py", *BESIDES.get(pattern.name, ())]
+    reasons = [reason for name in files for reason in reasons_in(ROOT / "patterns" / name)]
     if reasons:
         parts.append("\nAll reasons of its own:\n")
         parts += [f"- {_code(reason)}" for reason in reasons]

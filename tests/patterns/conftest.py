@@ -48,8 +48,8 @@ def verify():
     What is fp32 throughout must agree closely; what rounds to bf16 on the way must be as near to float64 as eager is.
     """
 
-    def verify(fn, inputs, *, dynamic=False, autocast=False, ulps=4.0, inner="eager"):
-        compiled = graphfuse.optimize(fn, inner=inner, dynamic=dynamic, fullgraph=True, strict=True)
+    def verify(fn, inputs, *, dynamic=False, autocast=False, ulps=4.0, inner="eager", **options):
+        compiled = graphfuse.optimize(fn, inner=inner, dynamic=dynamic, fullgraph=True, strict=True, **options)
 
         def ambient():
             return torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,12 @@ def measure(name: str, inner: str = "eager") -> dict[str, Any]:
     graphs, sites = ledger.graphs, graphfuse.report(compiled).sites
     rewritten = [site for site in sites if site.status == "rewritten"]
     refused = [site for site in sites if site.status == "refused"]
+    # A head whose loss alone is rewritten is one that was refused.
+    refused += [
+        replace(site, pattern=pattern, reason=reason, covers={pattern: 1})
+        for site in rewritten
+        for pattern, reason in site.others.items()
+    ]
     found, known = _located(rewritten, ledger, expected), _located(refused, ledger, expected)
     # Attention that was causal without a mask before is no site.
     causal = _located(ledger.causal, ledger, expected)["causal_attention"]

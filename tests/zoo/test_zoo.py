@@ -4,7 +4,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from graphfuse.patterns import CATALOGUE
+from graphfuse.patterns import CATALOGUE, cross_entropy, linear_cross_entropy
+from graphfuse.patterns._head import Obstacle
 from tests.zoo.measure import agree, measure
 from tests.zoo.recipes import RECIPES
 
@@ -48,3 +49,16 @@ def test_names_what_is_not_recognised(monkeypatch):
     result = measure("llama")
     assert result["covered"] == {**RECIPES["llama"]["sites"], "glu": 0}
     assert result["missing"]["glu"] == {"model.layers.0.mlp": 1, "model.layers.1.mlp": 1}
+
+
+def test_a_head_whose_loss_alone_is_rewritten_was_refused(monkeypatch):
+    def refuse(*_):
+        raise Obstacle("logits: expected another day, got this one")
+
+    monkeypatch.setattr(linear_cross_entropy, "_check_private", refuse)
+    monkeypatch.setattr(cross_entropy, "MIN_CLASSES", 2)
+    result = measure("llama")
+    assert result["beyond"]["cross_entropy"] == {"": 1}
+    assert result["covered"]["linear_cross_entropy"] == 0
+    assert result["missing"]["linear_cross_entropy"] == {}
+    assert result["refused"] == ["linear_cross_entropy: logits: expected another day, got this one"]

@@ -1,0 +1,157 @@
+"""What the kernels over logits share: the numbers of a row, and the gradient of some of its logits.
+
+The formulas are those of `_softmax_grad.py`. Every function is one of the device, inlined where it is called; a pointer
+that is None is an option that is off.
+"""
+# Shape letters: V = classes (vocabulary).
+
+from __future__ import annotations
+
+from graphfuse.kernels._triton import tl, triton
+
+
+@triton.jit
+def tl_tanh(u):
+    """Return tanh(u) to 2e-7 of itself, from exp alone: portable, and able to run in the interpreter."""
+    square = u * u
+    series = square * (0.1333333333 + square * (-0.0539682540 + square * 0.0218694885))
+    series = u * (1.0 + square * -0.3333333333 + square * series)
+    decay = tl.exp(-2.0 * tl.abs(u))
+    ratio = (1.0 - decay) / (1.0 + decay)
+    return tl.where(tl.abs(u) < 0.3, series, tl.where(u < 0.0, -ratio, ratio))
+
+
+@triton.jit
+def tl_load_or_zero(ptr, row):
+    """Return the number of a row, 0 where the tensor is None."""
+    number = 0.0
+    if ptr is not None:
+        number = tl.load(ptr + row)
+    return number
+
+
+@triton.jit
+def tl_bend(a, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return z of a logit."""
+    z = a * SCALE
+    if SOFTCAP != 0.0:
+        z = SOFTCAP * tl_tanh(z / SOFTCAP)
+    return z
+
+
+@triton.jit
+def tl_weight_sum(weight_sum_ptr, V):
+    """Return the sum of the class weights, the number of classes if the tensor is None."""
+    weight_sum = V * 1.0
+    if weight_sum_ptr is not None:
+        weight_sum = tl.load(weight_sum_ptr)
+    return weight_sum
+
+
+@triton.jit
+def tl_skip_losses(row, nll_ptr, smooth_ptr, lse_ptr):
+    """Write 0 where a tensor is not None."""
+    if nll_ptr is not None:
+        tl.store(nll_ptr + row, 0.0)
+    if smooth_ptr is not None:
+        tl.store(smooth_ptr + row, 0.0)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, 0.0)
+
+
+@triton.jit
+def tl_losses(
+    row_ptr,  # [END]
+    row,
+    target,
+    class_weight_ptr,
+    weight_sum,
+    nll_ptr,
+    smooth_ptr,
+    lse_ptr,
+    V,
+    END,  # where a load has to end: V, or a multiple that keeps whole vectors together
+    NO_TARGET: tl.constexpr,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """Write the numbers of a row; return its largest logit, and the sum of the exponentials relative to that."""
+    offs = tl.arange(0, BLOCK)
+    # A target outside the classes reads nothing and makes NaN of what depends on it.
+    has_target = target != NO_TARGET
+    inside = (target >= 0) & (target < V)
+    at_target = tl_bend(tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32), SCALE, SOFTCAP)
+    # Sums over all classes are taken relative to one logit, so that a large common offset costs no digits.
+    pivot = tl.where(at_target > float("-inf"), at_target, 0.0)
+
+    top = float("-inf")
+    total = 0.0
+    spread = 0.0  # sum_c w_c * (z_c - pivot)
+    for start in tl.range(0, END, BLOCK):
+        cols = start + offs
+        # What lies between V and END was never written.
+        z = tl.load(row_ptr + cols, mask=cols < END, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        z = tl_bend(tl.where(cols < V, z, 0.0), SCALE, SOFTCAP)
+        if smooth_ptr is not None:
+            distance = z - pivot
+            if class_weight_ptr is not None:
+                distance *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
+            spread += tl.sum(tl.where(cols < V, distance, 0.0))
+        z = tl.where(cols < V, z, float("-inf"))
+        new_top = tl.maximum(top, tl.max(z))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift))
+        top = new_top
+
+    # Shifted form: log(total) - (at_target - top), never (top + log(total)) - at_target.
+    log_total = tl.log(total)
+    if nll_ptr is not None:
+        nll = log_total - (at_target - top)
+        tl.store(nll_ptr + row, tl.where(has_target, tl.where(inside, nll, float("nan")), 0.0))
+    if smooth_ptr is not None:
+        tl.store(smooth_ptr + row, weight_sum * (log_total + (top - pivot)) - spread)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, top + log_total)
+    return top, total
+
+
+@triton.jit
+def tl_on_target(on_target, target, V, NO_TARGET: tl.constexpr):
+    """Return what nll is multiplied by: 0 without a target, NaN for one outside the classes."""
+    on_target = tl.where(target != NO_TARGET, on_target, 0.0)
+    inside = (target >= 0) & (target < V)
+    return tl.where(inside | (on_target == 0.0), on_target, float("nan"))
+
+
+@triton.jit
+def tl_gradient(
+    a,
+    cols,
+    target,
+    top,
+    p_factor,
+    on_target,
+    smooth,
+    class_weight_ptr,
+    V,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    IS_SMOOTHED: tl.constexpr,
+):
+    """Return the gradient of some logits; the factors are multiplied by SCALE."""
+    z = a * SCALE
+    if SOFTCAP != 0.0:
+        bent = tl_tanh(z / SOFTCAP)
+        z = SOFTCAP * bent
+    grad = tl.exp(z - top) * p_factor
+    if IS_SMOOTHED:
+        uniform = smooth
+        if class_weight_ptr is not None:
+            uniform *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
+        grad -= uniform
+    grad = tl.where(cols == target, grad - on_target, grad)
+    if SOFTCAP != 0.0:
+        grad *= 1.0 - bent * bent
+    return grad

@@ -63,7 +63,7 @@ def look(
     region = shadow.cone(masks, [])
     leaves = [value for value in region if value.op is LEAF]
     is_static = all(isinstance(size, int) for value in region for size in value.tensor.shape)
-    device = masks[0].tensor.device if masks[0].tensor.device.type == "cuda" else torch.device("cpu")
+    device = device_of(masks[0].tensor)
     names = tuple(leaf.node.name for leaf in leaves)
     guesses = [list(_harmless(leaf, device)) for leaf in leaves]
     if math.prod(len(guess) for guess in guesses) > MOST_GUESSES or not all(guesses):
@@ -91,6 +91,11 @@ def look(
 
 def _hides_nothing(mask: Tensor) -> bool:
     return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+
+
+def device_of(mask: Tensor) -> torch.device:
+    """Where a mask of this kind is computed to look at it."""
+    return mask.device if mask.device.type == "cuda" else torch.device("cpu")
 
 
 def _harmless(leaf: Value, device: torch.device) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from graphfuse import ops
 Function = Callable[..., Any]
 
 EPS = 1e-6
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Case:
 
 
 def _random(*shape: int, grad: bool = True) -> Tensor:
-    return torch.randn(shape, dtype=torch.bfloat16, device="cuda").requires_grad_(grad)
+    return torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).requires_grad_(grad)
 
 
 def _bytes(*tensors: Tensor) -> int:
@@ -125,8 +126,8 @@ def _heads(batch: int, tokens: int, heads: int, features: int, transposed: bool)
 
 
 def _tables(batch: int, tokens: int, features: int, transposed: bool) -> tuple[Tensor, Tensor]:
-    frequencies = 10_000.0 ** -(torch.arange(0, features, 2, device="cuda") / features)
-    angles = torch.outer(torch.arange(tokens, device="cuda"), frequencies).repeat(1, 2)
+    frequencies = 10_000.0 ** -(torch.arange(0, features, 2, device=DEVICE) / features)
+    angles = torch.outer(torch.arange(tokens, device=DEVICE), frequencies).repeat(1, 2)
     angles = angles.expand(batch, -1, -1).unsqueeze(1 if transposed else 2)
     return angles.cos().bfloat16(), angles.sin().bfloat16()
 
@@ -193,7 +194,7 @@ def _packed_glu(rows: int, width: int, activation: str) -> Problem:
 
 def _cross_entropy(tokens: int, vocab: int) -> Problem:
     logits = _random(tokens, vocab)
-    target = torch.randint(vocab, (tokens,), device="cuda")
+    target = torch.randint(vocab, (tokens,), device=DEVICE)
     functions: dict[str, Function] = {
         "graphfuse": ops.cross_entropy,
         "eager": lambda z, y: functional.cross_entropy(z.float(), y),

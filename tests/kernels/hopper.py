@@ -1,0 +1,120 @@
+"""Compile kernels for an H100 or H200 on a machine that has none.
+
+    python tests/kernels/hopper.py            a line of JSON for each kernel of each case of `graphfuse bench kernels`
+
+Triton is given a driver that names the GPU, takes what is compiled and launches nothing. So what runs is the launch
+code of every op, Triton's own compiler and NVIDIA's assembler; only numbers do not come out. Needs an environment
+without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+
+SHARED_MEMORY = 232448  # bytes that a block of an H200 may have
+MULTIPROCESSORS = 132
+
+
+def _resources(binary: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes that they spill."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        dump = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    text = dump.stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found is not None, text
+    return {"registers": int(found[1]), "spilled": int(found[2]) + int(found[3])}
+
+
+class Hopper(DriverBase):
+    """A driver of a GPU that is not there."""
+
+    def __init__(self) -> None:
+        self.utils = self
+        self.compiled: list[dict[str, Any]] = []
+        self.launched: list[tuple[str, int]] = []  # each kernel, and the bytes of the tensors that it was given
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> None:
+        return None
+
+    def map_python_to_cpp_type(self, name: str) -> str:
+        return name
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        resources = _resources(binary)
+        self.compiled.append({"kernel": name, "shared": shared, **resources})
+        return None, None, resources["registers"], resources["spilled"], 1024
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """What Triton calls in the place of a launch."""
+
+        def launch(*args: Any) -> None:
+            sizes = {t.data_ptr(): t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor)}
+            self.launched.append((metadata.name, sum(sizes.values())))
+
+        return launch
+
+
+def main() -> None:
+    """Run every case of the benchmark, forward and backward, and print what was compiled for it."""
+    from graphfuse.bench import cases
+    from graphfuse.kernels import _norm_rope_launch, _op, _rms_norm_kernel, layer_norm, rms_norm
+
+    hopper = Hopper()
+    driver.set_active(hopper)
+    cases.DEVICE = "cpu"
+    # Memory that nobody writes to is never there.
+    cases._random = lambda *shape, grad=True: torch.empty(shape, dtype=torch.bfloat16).requires_grad_(grad)
+    _op.launches = lambda *_: True
+    for module in (_norm_rope_launch, _rms_norm_kernel, layer_norm, rms_norm):
+        module.num_sms = lambda _: MULTIPROCESSORS
+    for case in cases.CASES:
+        hopper.compiled.clear()
+        hopper.launched.clear()
+        problem = case.build()
+        results = problem.functions["graphfuse"](*problem.inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        inputs = [tensor for tensor in problem.inputs if tensor.requires_grad]
+        torch.autograd.grad(results, inputs, [torch.empty_like(result) for result in results])
+        if case.op == "glu silu":
+            options = ("silu", 1.0, math.inf, math.inf, 0.0)
+            torch.ops.graphfuse.glu_backward_(results[0].detach(), *(t.detach() for t in inputs), *options, True)
+        row = {"case": f"{case.op} {case.size}", "launched": hopper.launched, "compiled": hopper.compiled}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ saved and nobody else can see.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,10 +44,21 @@ def _overload(name: str) -> torch._ops.OpOverload:
 
 
 def _donated(graph: fx.Graph) -> set[fx.Node]:
-    """The inputs of the graph that nobody reads after it."""
+    """The inputs of the graph that nobody reads after it, and that share no memory with another."""
     indices = set(get_donated_idxs() or ())
     placeholders = graph.find_nodes(op="placeholder")
-    return {node for index, node in enumerate(placeholders) if index in indices}
+    storages = [_storage(node) for node in placeholders]
+    counts = Counter(storages)
+    return {
+        node
+        for index, (node, storage) in enumerate(zip(placeholders, storages, strict=True))
+        if index in indices and storage is not None and counts[storage] == 1
+    }
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def _overwrite(graph: fx.Graph, backward: fx.Node, op: str, count: int, free: set[fx.Node]) -> bool:

@@ -61,6 +61,15 @@ class Returned(Mlp):
         return x + self.down(F.silu(gate) * up), gate, up
 
 
+class Shared(Mlp):
+    """Gate and up are parts of what backward reads as a whole."""
+
+    def forward(self, x):
+        whole = self.gate_up(x)
+        gate, up, _ = whole.split([60, 60, 72], -1)
+        return x + F.pad(F.silu(gate) * up, (0, 36)) @ self.down.weight.t() + whole.sin().mean()
+
+
 class Checkpointed(Mlp):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
@@ -93,7 +102,7 @@ def test_writes_over_what_nobody_else_reads(written, packed, memory, with_result
     assert written == [with_result] * 2
 
 
-@pytest.mark.parametrize("model", [ReadTwice, Returned, Checkpointed])
+@pytest.mark.parametrize("model", [ReadTwice, Returned, Shared, Checkpointed])
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 def test_leaves_alone_what_somebody_else_reads(written, model, packed):
     check(model(packed))

@@ -77,7 +77,7 @@ def test_computes_logits_once(tokens):
 
     def two_readers(m):
         logits = m(tokens)
-        return logits.sigmoid().mean() + logits[:, -1].exp().mean()
+        return logits.cos().mean() + logits[:, -1].sin().mean()
 
     assert_same(model, compiled, two_readers)
     assert sum(materialised.values()) == 1

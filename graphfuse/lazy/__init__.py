@@ -19,7 +19,7 @@ Every such materialisation is counted, by the line that caused it: `materialised
 
 from __future__ import annotations
 
-from graphfuse.lazy import functions, joins, losses  # noqa: F401  (they fill the table)
+from graphfuse.lazy import functions, joins, losses, pointwise  # noqa: F401  (they fill the table, in this order)
 from graphfuse.lazy.formula import Formula, Part, Step, apply_formula
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, materialised
 

@@ -124,6 +124,16 @@ class Formula:
             ages[start] = _age(tensors[start])
         return replace(self, tensors=tuple(tensors), ages=tuple(ages))
 
+    def of_classes(self, start: int, stop: int) -> Formula | None:
+        """The same for the classes from `start` to `stop`; `None` if others have a say in them."""
+        steps = (*self.steps, *(step for part in self.parts for step in part.steps))
+        if self.join is not None or any(part.dtype is None for part in self.parts) or "apply" in dict(steps):
+            return None
+        tensors: list[Tensor] = []
+        for hidden, weight, bias in self.products():
+            tensors += [hidden, weight[start:stop]] + ([] if bias is None else [bias[start:stop]])
+        return replace(self, tensors=tuple(tensors), ages=tuple(map(_age, tensors)))
+
     def then(self, *steps: Step) -> Formula:
         """The same, with more steps."""
         return replace(self, steps=(*self.steps, *steps))

@@ -106,17 +106,20 @@ def _item(tensor: Any, index: Any) -> Any:
     formula = live_formula(tensor)
     if formula is None or tensor.source.order is not None:
         return NotImplemented
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(part, (list, bool)) for part in parts):
+    parts = [_as_index(part) for part in (index if isinstance(index, tuple) else (index,))]
+    if any(part is NotImplemented for part in parts):
         return NotImplemented
     if len(parts) == tensor.dim() > 1 and all(isinstance(p, Tensor) and not _is_mask(p) for p in parts):
         return _entries(tensor, parts)
     free = tensor.dim() - sum(_dimensions(part) for part in parts)
     at = next((k for k, part in enumerate(parts) if part is Ellipsis), len(parts))
     parts = [*parts[:at], *[slice(None)] * free, *parts[at + 1 :]]
-    if free < 0 or not isinstance(parts[-1], slice) or parts[-1].indices(tensor.shape[-1]) != (0, tensor.shape[-1], 1):
+    if free < 0 or not isinstance(parts[-1], slice):
         return NotImplemented
     where = (*parts[:-1], slice(None))
+    if parts[-1].indices(tensor.shape[-1]) != (0, tensor.shape[-1], 1):
+        rows = tensor if all(part == slice(None) for part in where) else _item(tensor, where)
+        return rows if rows is NotImplemented else _classes(rows, parts[-1])
 
     def choose(values: Tensor) -> Tensor:
         return values[where]
@@ -127,6 +130,32 @@ def _item(tensor: Any, index: Any) -> Any:
     else:
         like = choose(stand_in(tensor))
     return _made(tensor, choose, like, choose, shares=not copies)
+
+
+def _as_index(part: Any) -> Any:
+    """One part of an index, as numbers or a tensor of them."""
+    if part is None or part is Ellipsis or (isinstance(part, (int, slice)) and not isinstance(part, bool)):
+        return part
+    if isinstance(part, Tensor):
+        return part if part.dim() and not isinstance(part, LazyLogits) else NotImplemented
+    try:
+        return NotImplemented if isinstance(part, bool) else torch.as_tensor(part)
+    except (TypeError, ValueError, RuntimeError):
+        return NotImplemented
+
+
+def _classes(tensor: Any, which: slice) -> Any:
+    """Some classes in a row, as of a head that is padded."""
+    start, stop, step = which.indices(tensor.shape[-1])
+    formula = live_formula(tensor)
+    chosen = formula.of_classes(start, stop) if formula is not None and step == 1 and start < stop else None
+    if chosen is None:
+        return NotImplemented
+
+    def choose(values: Tensor) -> Tensor:
+        return values[..., start:stop]
+
+    return lazy(Source(chosen, None, tensor.source, choose, shares=True), choose(stand_in(tensor)))
 
 
 def _entries(tensor: Any, indices: list[Any]) -> Any:
@@ -257,7 +286,7 @@ def _normalizes(apply: Function) -> Function:
             dtype, args = args[0], args[1:]
         if args or kwargs or live_formula(tensor) is None or not is_last(tensor, dim):
             return NotImplemented
-        dtype = _autocast(apply, tensor) if dtype is None else dtype
+        dtype = dtype_of(apply, tensor) if dtype is None else dtype
         steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
         return stepped(tensor, *steps, ("apply", apply))
 
@@ -268,31 +297,9 @@ handles("log_softmax")(_normalizes(log_softmax_of_rows))
 handles("softmax")(_normalizes(_softmax))
 
 
-def _applies(apply: Function) -> Function:
-    def run(tensor: Any) -> Any:
-        if live_formula(tensor) is None:
-            return NotImplemented
-        dtype = _autocast(apply, tensor)
-        steps: tuple[Step, ...] = (("to", dtype),) if dtype != tensor.dtype else ()
-        return stepped(tensor, *steps, ("apply", apply))
-
-    return run
-
-
-handles("exp")(_applies(torch.exp))
-handles("log")(_applies(torch.log))
-
-
 @handles("neg", "negative", "__neg__")
 def _negative(tensor: Any) -> Any:
     return NotImplemented if live_formula(tensor) is None else stepped(tensor, ("mul", -1.0))
-
-
-@handles("clamp", "clip")
-def _clamp(tensor: Any, min: Any = None, max: Any = None) -> Any:
-    if live_formula(tensor) is None or any(isinstance(bound, Tensor) for bound in (min, max)):
-        return NotImplemented
-    return stepped(tensor, ("apply", functools.partial(torch.clamp, min=min, max=max)))
 
 
 @handles("tanh")
@@ -312,14 +319,9 @@ def autocasts(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64
 
 
-def _autocast(apply: Function, tensor: Tensor) -> torch.dtype:
-    """The dtype in which a function of such a tensor runs now."""
-    return _dtype_under_autocast(apply, tensor.dtype, tensor.device.type) if autocasts(tensor) else tensor.dtype
-
-
-@functools.cache
-def _dtype_under_autocast(apply: Function, dtype: torch.dtype, device: str) -> torch.dtype:
-    result: Tensor = apply(torch.zeros(1, 1, dtype=dtype, device=device))
+def dtype_of(apply: Function, tensor: Tensor) -> torch.dtype:
+    """The dtype that a function of such a tensor has now, autocast or not."""
+    result: Tensor = apply(torch.empty(0, 1, dtype=tensor.dtype, device=tensor.device))
     return result.dtype
 
 

@@ -30,7 +30,7 @@ def _formula(operand: Any, shape: torch.Size) -> Formula | None:
         if operand.dim() and operand.shape[-1] != 1:
             return None
         try:
-            operand = operand.expand(*shape[:-1], 1)
+            operand = operand.expand(*shape[:-1], 1).clone()  # a number for each row: it may change while nobody reads
         except RuntimeError:
             return None
     return Formula.of([operand], [Part(None)], ())
@@ -80,30 +80,50 @@ handles("add", "__add__", "__radd__")(_joins(torch.add))
 handles("sub", "subtract", "__sub__")(_joins(torch.sub))
 handles("rsub", "__rsub__")(_joins(torch.rsub))
 handles("eq", "__eq__")(_joins(torch.eq))
+handles("ne", "not_equal", "__ne__")(_joins(torch.ne))
+handles("gt", "greater", "__gt__")(_joins(torch.gt))
+handles("ge", "greater_equal", "__ge__")(_joins(torch.ge))
+handles("lt", "less", "__lt__")(_joins(torch.lt))
+handles("le", "less_equal", "__le__")(_joins(torch.le))
 
 
-@handles("kl_div")
-def _divergence(
-    input: Any,
-    target: Any,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-    log_target: bool = False,
-) -> Any:
-    if size_average is not None or reduce is not None or reduction not in ("none", "sum", "mean", "batchmean"):
+@handles("masked_fill")
+def _masked_fill(tensor: Any, mask: Any, value: Any) -> Any:
+    if isinstance(value, Tensor) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return NotImplemented
+    return _joins(lambda a, b: a.masked_fill(b.to(torch.bool), value))(tensor, mask)
 
-    def each(input: Tensor, target: Tensor) -> Tensor:
-        return functional.kl_div(input, target, reduction="none", log_target=log_target)
 
-    if not isinstance(target, Tensor) or input.shape != target.shape:
-        return NotImplemented
-    losses = _joins(each)(input, target)
-    if losses is NotImplemented or reduction == "none" or losses.dim() < 2:
-        return losses if reduction == "none" else NotImplemented
-    total = FUNCTIONS[torch.sum](losses, -1).sum()
-    return total / {"sum": 1, "mean": losses.numel(), "batchmean": losses.shape[0]}[reduction]
+def _pairs(name: str, *, takes_batchmean: bool = False, **defaults: Any) -> Function:
+    """For losses of two tensors of one shape, element by element."""
+    function = getattr(functional, name)
+    reductions = ("none", "sum", "mean") + (("batchmean",) if takes_batchmean else ())
+
+    def run(
+        input: Any, target: Any, size_average: Any = None, reduce: Any = None, reduction: str = "mean", **options: Any
+    ) -> Any:
+        options = {name: value for name, value in options.items() if value is not None}
+        if size_average is not None or reduce is not None or reduction not in reductions or options.keys() - defaults:
+            return NotImplemented
+
+        def each(input: Tensor, target: Tensor) -> Any:
+            return function(input, target, reduction="none", **options)
+
+        if not isinstance(target, Tensor) or input.shape != target.shape:
+            return NotImplemented
+        losses = _joins(each)(input, target)
+        if losses is NotImplemented or reduction == "none" or losses.dim() < 2:
+            return losses if reduction == "none" else NotImplemented
+        total = FUNCTIONS[torch.sum](losses, -1).sum()
+        return total / {"sum": 1, "mean": losses.numel(), "batchmean": losses.shape[0]}[reduction]
+
+    return run
+
+
+handles("kl_div")(_pairs("kl_div", takes_batchmean=True, log_target=False))
+handles("mse_loss")(_pairs("mse_loss"))
+handles("l1_loss")(_pairs("l1_loss"))
+handles("smooth_l1_loss")(_pairs("smooth_l1_loss", beta=1.0))
 
 
 @handles("broadcast_tensors")

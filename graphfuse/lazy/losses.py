@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from graphfuse import ops
 from graphfuse.lazy.formula import Formula, Step, apply_steps
 from graphfuse.lazy.functions import autocasts, is_last, log_softmax_of_rows
-from graphfuse.lazy.table import Function, handles
+from graphfuse.lazy.table import FUNCTIONS, Function, handles
 from graphfuse.lazy.tensor import LazyLogits, live_formula
 
 CHUNK_BYTES = 1 << 28  # of the float32 logits of one chunk, where no fused op does the work
@@ -104,6 +104,12 @@ def _canonical(steps: tuple[Step, ...]) -> tuple[float, float, bool, float] | No
     return scale, softcap, log_softmax, after
 
 
+def _classes_last(tensor: Tensor) -> Any:
+    if isinstance(tensor, LazyLogits):
+        return FUNCTIONS[torch.movedim](tensor, 1, -1) if tensor.dim() > 2 else tensor
+    return tensor.movedim(1, -1)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -120,7 +126,11 @@ class _Loss(NamedTuple):
     def of(self, tensor: Any, *, normal: bool) -> Any:
         """The loss of logits, or of log-probabilities if they are said to be normal."""
         formula, target = live_formula(tensor), self.target
-        if formula is None or not isinstance(target, Tensor) or isinstance(target, LazyLogits):
+        if formula is None or not isinstance(target, Tensor):
+            return NotImplemented
+        if target.dtype == tensor.dtype and target.shape == tensor.shape and not normal:
+            return self._of_probabilities(tensor)
+        if isinstance(target, LazyLogits):
             return NotImplemented
         if target.dtype not in (torch.int64, torch.int32) or self.reduction not in ("mean", "sum", "none"):
             return NotImplemented
@@ -143,6 +153,26 @@ class _Loss(NamedTuple):
             )
         loss = loss.reshape(target.shape) if self.reduction == "none" else loss
         return loss.to(torch.float32 if autocasts(tensor) else tensor.dtype)
+
+    def _of_probabilities(self, tensor: LazyLogits) -> Any:
+        """The target has a number for each class."""
+        if (
+            self.class_weight is not None
+            or self.label_smoothing
+            or self.reduction not in ("mean", "sum", "none")
+            or tensor.dim() < 2
+        ):
+            return NotImplemented
+        logits, target = _classes_last(tensor), _classes_last(self.target)
+        if live_formula(logits) is None or logits.source.order is not None:
+            return NotImplemented
+        products = FUNCTIONS[torch.mul](FUNCTIONS[torch.log_softmax](logits, -1), target)
+        if products is NotImplemented:
+            return NotImplemented
+        losses = -FUNCTIONS[torch.sum](products, -1)
+        if self.reduction == "none":
+            return losses
+        return losses.sum() if self.reduction == "sum" else losses.mean()
 
     def _in_chunks(self, tensor: LazyLogits, formula: Formula, function: Function) -> Tensor:
         options = {"ignore_index": self.ignore_index, "reduction": "none"}
@@ -198,7 +228,10 @@ def _gather(tensor: Any, dim: Any, index: Any = None, **kwargs: Any) -> Any:
         return NotImplemented
     formula.check_fresh()
     fused = _Fused.of(formula)
-    if fused is None or index.shape[-1] > (1 if fused.log_softmax else MAX_GATHERED):
+    most = 0 if fused is None else 1 if fused.log_softmax else MAX_GATHERED
+    # Dot products round in another order. Without gradients it may be a metric, which compares the entry with its row.
+    is_exact = fused is not None and not fused.log_softmax and not (tensor.requires_grad and torch.is_grad_enabled())
+    if fused is None or index.shape[-1] > most or is_exact:
         found = _in_chunks(formula, lambda rows, at: rows.gather(-1, at), _rows(index), remembers=tensor.requires_grad)
         return torch.cat(found).reshape(index.shape)
     with torch.autocast(tensor.device.type, enabled=False):
@@ -261,13 +294,20 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
     """For functions that reduce the vocabulary, or choose from it: a chunk of rows at a time."""
 
     def run(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs = {_LIKE_NUMPY.get(name, name): value for name, value in kwargs.items()}
         formula = live_formula(tensor)
         if formula is None or tensor.source.order is not None or tensor.dim() < 2 or kwargs.get("out") is not None:
             return NotImplemented
         dim = args[dim_at] if len(args) > dim_at else kwargs.get("dim", default)
         dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
-        if dim is None and not args and func in (torch.sum, torch.mean) and formula.join is not None:
-            return func(run(tensor, -1, **kwargs))  # of all rows; plain logits are likely to be read again
+        if (
+            dim is None
+            and not args
+            and not kwargs.keys() - {"dtype"}
+            and func in _OF_ALL
+            and _is_read_once(tensor, formula)
+        ):
+            return _of_all(run, func, tensor, **kwargs)
         if not is_last(tensor, dim):
             return NotImplemented
         if len(args) > dim_at:
@@ -285,6 +325,30 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
     return run
 
 
-for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean", "all"):
+def _is_read_once(tensor: Tensor, formula: Formula) -> bool:
+    """Whether it is something made of logits, or a copy without history: plain logits are likely to be read again."""
+    is_made = formula.join is not None or any(name == "apply" for name, _ in formula.steps)
+    return is_made or not tensor.requires_grad
+
+
+def _of_all(of_rows: Function, func: Any, tensor: Tensor, dtype: torch.dtype | None = None) -> Any:
+    """All rows reduced to one number, by way of one of each."""
+    if not tensor.numel():
+        return NotImplemented
+    if func not in (torch.sum, torch.mean):
+        is_shared = tensor.requires_grad and func in (torch.max, torch.min)  # equal ones share the gradient
+        if is_shared or dtype is not None:
+            return NotImplemented
+        found = of_rows(tensor, -1)
+        return func(found if isinstance(found, Tensor) else found.values)
+    rounded = dtype or (tensor.dtype if tensor.is_floating_point() else torch.int64)
+    if not rounded.is_floating_point:
+        return func(of_rows(tensor, -1, dtype=rounded))
+    return func(of_rows(tensor, -1, dtype=torch.promote_types(rounded, torch.float32))).to(rounded)
+
+
+_LIKE_NUMPY = {"axis": "dim", "keepdims": "keepdim"}
+_OF_ALL = (torch.sum, torch.mean, torch.max, torch.min, torch.any, torch.all)
+for _name in ("argmax", "argmin", "amax", "amin", "max", "min", "logsumexp", "sum", "mean", "any", "all"):
     handles(_name)(_reduces(getattr(torch, _name)))
 handles("topk")(_reduces(torch.topk, 1, -1))

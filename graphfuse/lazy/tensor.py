@@ -137,7 +137,10 @@ class LazyLogits(Tensor):
             if func in _HOOKS and not args[0].source.is_read:
                 return func(*args, **kwargs)  # from now on, values are read by way of this tensor's own history
             if func in FUNCTIONS:
-                result = FUNCTIONS[func](*args, **kwargs)
+                try:
+                    result = FUNCTIONS[func](*args, **kwargs)
+                except TypeError:  # arguments by names that nobody thought of here, or wrong ones, as torch will say
+                    result = NotImplemented
                 if result is not NotImplemented:
                     return result
             if turns(func):
@@ -183,7 +186,12 @@ class LazyLogits(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         if not hasattr(self, "_plain"):
             with _disable_current_modes():  # fake tensors are made of the values, not inside them
-                self._plain = self.source.tensor().detach()
+                values = self.source.tensor(with_parent=not self.is_contiguous()).detach()
+                if values.stride() != self.stride():  # Dynamo compares them with those of this tensor
+                    values = torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device=self.device).copy_(
+                        values
+                    )
+                self._plain = values
         return ["_plain"], None
 
     @staticmethod

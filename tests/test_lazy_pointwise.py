@@ -44,9 +44,17 @@ def padded_head(z, y):
 
 
 def rank(z, y):
-    """How many tokens are more likely than the one that comes; it is not more likely than itself."""
-    with torch.no_grad():
-        return (z > z.gather(-1, y.unsqueeze(-1))).sum(-1)
+    """How many tokens are more likely than the one that comes."""
+    return (z > z.gather(-1, y.unsqueeze(-1))).sum(-1)
+
+
+RANKS = {
+    "logits": rank,
+    "from below": lambda z, y: (z.gather(-1, y.unsqueeze(-1)).squeeze(-1).unsqueeze(-1) < z).sum(-1),
+    "log-probabilities": lambda z, y: rank(z.log_softmax(-1), y),
+    "detached": lambda z, y: rank(z.detach(), y),
+    "of a copy": lambda z, y: (z.detach() > z.gather(-1, y.unsqueeze(-1))).sum(-1),
+}
 
 
 USES = {
@@ -88,10 +96,24 @@ def test_computes_no_logits_for(use, tokens):
     assert not materialised, materialised
 
 
-def test_a_token_is_not_above_itself(tokens):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS)
+def test_a_token_is_not_above_itself(rank, mode, tokens):
     model, compiled = pair()
-    assert torch.equal(rank(compiled(tokens), tokens), rank(model(tokens), tokens))
+    with mode():
+        assert torch.equal(rank(compiled(tokens), tokens), rank(model(tokens), tokens))
     assert not materialised, materialised
+
+
+def test_entries_that_changed_are_compared_as_they_are(tokens):
+    model, compiled = pair()
+    results = []
+    for m in (model, compiled):
+        z = m(tokens).detach()
+        picked = z.gather(-1, tokens.unsqueeze(-1))
+        picked.add_(0.25)
+        results.append((z > picked).sum(-1))
+    assert torch.equal(*results)
 
 
 BINARY = ["add", "sub", "mul", "truediv", "pow", "eq", "ne", "gt", "ge", "lt", "le"]
@@ -196,3 +218,12 @@ def test_rows_that_the_model_chose_go_into_another_compiled_function(tokens):
     model, compiled = pair(cls=Recent)
     loss = torch.compile(lambda z: z.logsumexp(-1).mean(), backend="aot_eager")
     assert_same(model, compiled, lambda m: loss(m(tokens)))
+
+
+def test_graphs_of_other_logits_are_told_apart(tokens):
+    """AOTAutograd's cache asks, and warns where there is no answer."""
+    _, compiled = pair()
+    logits = compiled(tokens)
+    found = {each._stable_hash_for_caching() for each in (logits, logits.detach(), logits[:, :-1], logits.bfloat16())}
+    assert len(found) == 4
+    assert compiled(tokens)._stable_hash_for_caching() in found

@@ -19,7 +19,8 @@ Every such materialisation is counted, by the line that caused it: `materialised
 
 from __future__ import annotations
 
-from graphfuse.lazy import functions, joins, losses, pointwise  # noqa: F401  (they fill the table, in this order)
+from graphfuse.lazy import comparisons, functions, joins, losses  # noqa: F401  (they fill the table)
+from graphfuse.lazy import pointwise as pointwise  # after the others: it adds to what they do with tensors
 from graphfuse.lazy.formula import Formula, Part, Step, apply_formula
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, materialised
 

@@ -36,7 +36,7 @@ def _formula(operand: Any, shape: torch.Size) -> Formula | None:
     return Formula.of([operand], [Part(None)], ())
 
 
-def _joins(func: Function) -> Function:
+def joins(func: Function) -> Function:
     """For functions of two tensors, element by element, one of which at least is lazy."""
 
     def run(left: Any, right: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ def _joins(func: Function) -> Function:
 
 
 def _scales(step: str, func: Function) -> Function:
-    both = _joins(func)
+    both = joins(func)
 
     def run(tensor: Any, other: Any, **kwargs: Any) -> Any:
         if kwargs or isinstance(other, (Tensor, bool)) or not isinstance(other, (int, float)):
@@ -76,22 +76,16 @@ def _scales(step: str, func: Function) -> Function:
 
 handles("mul", "multiply", "__mul__", "__rmul__")(_scales("mul", torch.mul))
 handles("div", "divide", "true_divide", "__truediv__", "__div__")(_scales("div", torch.div))
-handles("add", "__add__", "__radd__")(_joins(torch.add))
-handles("sub", "subtract", "__sub__")(_joins(torch.sub))
-handles("rsub", "__rsub__")(_joins(torch.rsub))
-handles("eq", "__eq__")(_joins(torch.eq))
-handles("ne", "not_equal", "__ne__")(_joins(torch.ne))
-handles("gt", "greater", "__gt__")(_joins(torch.gt))
-handles("ge", "greater_equal", "__ge__")(_joins(torch.ge))
-handles("lt", "less", "__lt__")(_joins(torch.lt))
-handles("le", "less_equal", "__le__")(_joins(torch.le))
+handles("add", "__add__", "__radd__")(joins(torch.add))
+handles("sub", "subtract", "__sub__")(joins(torch.sub))
+handles("rsub", "__rsub__")(joins(torch.rsub))
 
 
 @handles("masked_fill")
 def _masked_fill(tensor: Any, mask: Any, value: Any) -> Any:
     if isinstance(value, Tensor) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return NotImplemented
-    return _joins(lambda a, b: a.masked_fill(b.to(torch.bool), value))(tensor, mask)
+    return joins(lambda a, b: a.masked_fill(b.to(torch.bool), value))(tensor, mask)
 
 
 def _pairs(name: str, *, takes_batchmean: bool = False, **defaults: Any) -> Function:
@@ -111,7 +105,7 @@ def _pairs(name: str, *, takes_batchmean: bool = False, **defaults: Any) -> Func
 
         if not isinstance(target, Tensor) or input.shape != target.shape:
             return NotImplemented
-        losses = _joins(each)(input, target)
+        losses = joins(each)(input, target)
         if losses is NotImplemented or reduction == "none" or losses.dim() < 2:
             return losses if reduction == "none" else NotImplemented
         total = FUNCTIONS[torch.sum](losses, -1).sum()

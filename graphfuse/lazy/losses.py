@@ -5,6 +5,7 @@ Everything here answers `NotImplemented` where it would have to guess; the funct
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from graphfuse import ops
-from graphfuse.lazy.formula import Formula, Step, apply_steps
+from graphfuse.lazy.formula import Formula, Step, apply_steps, version
 from graphfuse.lazy.functions import autocasts, is_last, log_softmax_of_rows
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
 from graphfuse.lazy.tensor import LazyLogits, live_formula
@@ -228,17 +229,22 @@ def _gather(tensor: Any, dim: Any, index: Any = None, **kwargs: Any) -> Any:
         return NotImplemented
     formula.check_fresh()
     fused = _Fused.of(formula)
-    most = 0 if fused is None else 1 if fused.log_softmax else MAX_GATHERED
-    # Dot products round in another order. Without gradients it may be a metric, which compares the entry with its row.
-    is_exact = fused is not None and not fused.log_softmax and not (tensor.requires_grad and torch.is_grad_enabled())
-    if fused is None or index.shape[-1] > most or is_exact:
-        found = _in_chunks(formula, lambda rows, at: rows.gather(-1, at), _rows(index), remembers=tensor.requires_grad)
-        return torch.cat(found).reshape(index.shape)
+    if fused is None or index.shape[-1] > (1 if fused.log_softmax else MAX_GATHERED):
+        return gathered(formula, index, remembers=tensor.requires_grad)
     with torch.autocast(tensor.device.type, enabled=False):
         if fused.log_softmax:
             picked = ops.linear_log_probs(**fused.head(formula), target=index.reshape(-1)).reshape(index.shape)
-            return (picked * fused.after).to(tensor.dtype)
-        return apply_steps(_dot_products(formula, index), formula.steps)
+            picked = (picked * fused.after).to(tensor.dtype)
+        else:
+            picked = apply_steps(_dot_products(formula, index), formula.steps)
+    tensor.source.picked.append((weakref.ref(picked), version(picked), index))
+    return picked
+
+
+def gathered(formula: Formula, index: Tensor, *, remembers: bool) -> Tensor:
+    """The entries of logits at `index`, (*rows, k), taken from whole rows."""
+    found = _in_chunks(formula, lambda rows, at: rows.gather(-1, at), _rows(index), remembers=remembers)
+    return torch.cat(found).reshape(index.shape)
 
 
 @handles("take_along_dim")

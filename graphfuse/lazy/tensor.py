@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import traceback
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,7 @@ class Source:
         order: permutation of the dimensions of the formula's result, or `None`.
         parent: what this one was made from by `make`: a view (`shares`) or a copy.
         own: the plain tensor, once there is one.
+        picked: entries that were computed without their rows, each with its version and the index it is from.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Source:
         self.formula, self.order, self.parent, self.make, self.shares = formula, order, parent, make, shares
         self.own: Tensor | None = None
         self.own_version = 0
+        self.picked: list[tuple[weakref.ref[Tensor], int | None, Tensor]] = []
 
     @property
     def is_read(self) -> bool:
@@ -193,6 +196,10 @@ class LazyLogits(Tensor):
                     )
                 self._plain = values
         return ["_plain"], None
+
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache tells graphs apart by."""
+        return repr((self.shape, self.stride(), self.dtype, self.device, self.requires_grad))
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Tensor:

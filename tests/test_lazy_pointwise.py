@@ -78,6 +78,9 @@ USES = {
     "padded head with a divergence": lambda z, y: F.kl_div(
         z[:, 1:, :-8].log_softmax(-1), z.detach()[:, 1:, :-8].div(2).softmax(-1), reduction="batchmean"
     ),
+    "bias of classes": lambda z, y: F.cross_entropy((z + torch.linspace(-1, 1, V)).view(-1, V), y.view(-1)),
+    "bias from the left": lambda z, y: (torch.linspace(1, 2, V)[None, None].double() - z).logsumexp(-1).mean(),
+    "banned classes": lambda z, y: F.cross_entropy(z.masked_fill(torch.arange(V) < 9, -1e4)[0], y[0]),
     "rows of a range": lambda z, y: -z.log_softmax(-1)[0][range(S), y[0]].mean(),
     "rows of a list": lambda z, y: z[[0, 1], [2, 3]].logsumexp(-1).mean(),
     "rows of an array": lambda z, y: z[0][y[0].numpy() % S].logsumexp(-1).mean(),
@@ -177,9 +180,9 @@ def test_what_meets_the_logits_may_change_before_they_are_read(tokens):
     model, compiled = pair()
     results = []
     for m in (model, compiled):
-        temperature, mask = torch.full((B, 1, 1), 0.7), tokens.unsqueeze(-1) % 2 == 0
-        scaled = (m(tokens).detach() / temperature).masked_fill(mask, 0.0)
-        temperature.mul_(2), mask.fill_(False)
+        temperature, mask, bias = torch.full((B, 1, 1), 0.7), tokens.unsqueeze(-1) % 2 == 0, torch.ones(V)
+        scaled = (m(tokens).detach() / temperature).masked_fill(mask, 0.0) + bias
+        temperature.mul_(2), mask.fill_(False), bias.zero_()
         results.append(scaled.logsumexp(-1))
     torch.testing.assert_close(*results)
 

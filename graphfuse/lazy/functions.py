@@ -214,6 +214,17 @@ def stepped(tensor: LazyLogits, *steps: Step) -> LazyLogits:
     return lazy(source, stand_in(tensor))
 
 
+def applied(tensor: Any, apply: Function) -> Any:
+    """The lazy result of a function of each element, or of rows that keeps their shape."""
+    if not isinstance(tensor, LazyLogits) or live_formula(tensor, whole=True) is None:
+        return NotImplemented
+    dtype = dtype_of(apply, tensor)
+    wide = dtype if dtype.is_floating_point else tensor.dtype
+    before: tuple[Step, ...] = (("to", wide),) if wide != tensor.dtype else ()
+    after: tuple[Step, ...] = (("to", dtype),) if wide != dtype else ()
+    return stepped(tensor, *before, ("apply", apply), *after)
+
+
 def _cast(tensor: Any, dtype: Any) -> Any:
     if live_formula(tensor, whole=True) is None or not dtype.is_floating_point:
         return NotImplemented

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphfuse.lazy.formula import Formula, Part
-from graphfuse.lazy.functions import stand_in, stepped
+from graphfuse.lazy.functions import applied, stand_in, stepped
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
 
@@ -36,6 +36,22 @@ def _formula(operand: Any, shape: torch.Size) -> Formula | None:
     return Formula.of([operand], [Part(None)], ())
 
 
+def _is_of_classes(operand: Tensor, like: LazyLogits) -> bool:
+    """Whether it holds a number for each class, for all rows: a bias of the logits, a mask of tokens."""
+    is_vector = operand.dim() and operand.shape[-1] == operand.numel() == like.shape[-1] and operand.dim() <= like.dim()
+    if not is_vector or type(operand) not in (Tensor, torch.nn.Parameter) or operand.shape == like.shape:
+        return False
+    return operand.device == like.device and not (operand.requires_grad and torch.is_grad_enabled())
+
+
+def _with_classes(func: Function, left: Any, right: Any) -> Any:
+    if isinstance(left, LazyLogits):
+        numbers = right.detach().reshape(-1).clone()  # it may change while nobody reads
+        return applied(left, lambda rows: func(rows, numbers))
+    numbers = left.detach().reshape(-1).clone()
+    return applied(right, lambda rows: func(numbers, rows))
+
+
 def joins(func: Function) -> Function:
     """For functions of two tensors, element by element, one of which at least is lazy."""
 
@@ -45,6 +61,8 @@ def joins(func: Function) -> Function:
         if kwargs or len(operands) < 2 or not isinstance(like, LazyLogits) or like.source.order is not None:
             return NotImplemented
         first, second = (_formula(operand, like.shape) for operand in operands)
+        if _is_of_classes(left if like is right else right, like):
+            return _with_classes(func, left, right)
         if first is None or second is None or any(o.dim() and o.device != like.device for o in operands):
             return NotImplemented
         # On tensors without elements, for the dtype: a 0-d operand has less of a say.

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.lazy.formula import Step
-from graphfuse.lazy.functions import dtype_of, stepped
+from graphfuse.lazy.functions import applied
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
-from graphfuse.lazy.tensor import LazyLogits, live_formula
 
 _MAPS = "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square abs absolute sign sigmoid relu"
 _TESTS = "isnan isinf isfinite"
@@ -32,17 +30,6 @@ _WITH_NUMBER: dict[Any, tuple[str, ...]] = {
     torch.lt: ("lt", "less", "__lt__"),
     torch.le: ("le", "less_equal", "__le__"),
 }
-
-
-def applied(tensor: Any, apply: Function) -> Any:
-    """The lazy result of a function of each element."""
-    if not isinstance(tensor, LazyLogits) or live_formula(tensor, whole=True) is None:
-        return NotImplemented
-    dtype = dtype_of(apply, tensor)
-    wide = dtype if dtype.is_floating_point else tensor.dtype
-    before: tuple[Step, ...] = (("to", wide),) if wide != tensor.dtype else ()
-    after: tuple[Step, ...] = (("to", dtype),) if wide != dtype else ()
-    return stepped(tensor, *before, ("apply", apply), *after)
 
 
 def _alone(apply: Function) -> Function:

@@ -137,7 +137,11 @@ def test_meets_a_number_from_either_side(name, number, tokens):
             torch.testing.assert_close(got + 0, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [torch.sigmoid, torch.square, lambda z: z**2, torch.log1p], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [torch.sigmoid, torch.square, lambda z: z**2, torch.log1p],
+    ids=["sigmoid", "square", "power", "log1p"],  # the same in every process that collects them
+)
 def test_has_the_dtype_that_autocast_gives(function, tokens):
     model, compiled = pair()
     with torch.autocast("cpu", torch.bfloat16):

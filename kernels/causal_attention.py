@@ -70,7 +70,7 @@ def _repeat(states: Tensor, query: Tensor) -> Tensor:
     """One head of keys or values for each head of queries."""
     if states.shape[1] == query.shape[1]:
         return states
-    return states.repeat_interleave(query.shape[1] // states.shape[1], 1)
+    return states.transpose(1, 2).repeat_interleave(query.shape[1] // states.shape[1], 2).transpose(1, 2)
 
 
 def _sum_groups(grad: Tensor, states: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def _without(tensor: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
-    """The kernel, and the inputs as it takes them: groups are for the causal kernels on GPUs."""
+    """The kernel, and query, key, value and mask as it takes them: groups are for the causal kernels on GPUs."""
     if mask is not None:
         key, value = _repeat(key, query), _repeat(value, query)
     backend = _backend(query, key, value, mask, scale)
@@ -136,7 +136,18 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     if query.shape[1] != key.shape[1] and not knows_groups:
         key, value = _repeat(key, query), _repeat(value, query)
         backend = _backend(query, key, value, mask, scale)
-    return backend, key, value, _bias(mask, query, backend)
+    if backend == SDPBackend.CUDNN_ATTENTION:
+        query, key, value = (_heads_within_tokens(states) for states in (query, key, value))
+    return backend, query, key, value, _bias(mask, query, backend)
+
+
+def _heads_within_tokens(states: Tensor) -> Tensor:
+    """The states (B, H, S, D) as they come out of a linear layer: (B, S, H, D) in memory.
+
+    The one layout in which cuDNN's backward is right whatever that of the result's gradient: where the queries have
+    another one than the result or its gradient, it returns wrong gradients (torch 2.11, also under PyTorch's own call).
+    """
+    return states.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _forward(
@@ -147,20 +158,18 @@ def _forward(
         query, mask = _without(query, blind), _without(mask, blind)
         allowed = mask
     paths["causal" if allowed is None else "masked"] += 1
-    backend, k, v, bias = _fits(query, key, value, allowed, scale)
+    backend, q, k, v, bias = _fits(query, key, value, allowed, scale)
     causal = allowed is None
     if query.numel() == 0 or backend == SDPBackend.MATH:
         out, lse = causal_attention_reference(query, key, value, mask, is_causal, scale)
     elif not query.is_cuda:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, k, v, 0.0, causal, attn_mask=bias, scale=scale
-        )
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     elif backend == SDPBackend.FLASH_ATTENTION:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, k, v, 0.0, True, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
     elif backend == SDPBackend.CUDNN_ATTENTION:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, k, v, bias, True, 0.0, causal, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
     else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(query, k, v, bias, True, 0.0, causal, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
     wanted_out, wanted_lse = _fake(query, key, value, mask, is_causal, scale, meta=True)
     return _laid_out(out, wanted_out), _laid_out(lse.reshape(*lse.shape[:2], -1)[..., : query.shape[2]], wanted_lse)
 
@@ -198,23 +207,23 @@ def _backward(
     if (blind := _blind(query, allowed)) is not None:
         seeing, allowed = _without(query, blind), _without(mask, blind)
     causal = allowed is None
-    backend, k, v, bias = _fits(seeing, key, value, allowed, scale)
+    backend, q, k, v, bias = _fits(seeing, key, value, allowed, scale)
     unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that there is not
     length, keys = query.shape[2], key.shape[2]
     if query.numel() == 0 or backend == SDPBackend.MATH:
         grads = _backward_reference(grad, seeing, key, value, allowed, lse, scale)
     elif not query.is_cuda:
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, seeing, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
+            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
     elif backend == SDPBackend.FLASH_ATTENTION:
         grads = aten._scaled_dot_product_flash_attention_backward(
-            grad, seeing, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
+            grad, q, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
         )
     elif backend == SDPBackend.CUDNN_ATTENTION:
         grads = aten._scaled_dot_product_cudnn_attention_backward(
-            grad,
-            seeing,
+            _heads_within_tokens(grad),
+            q,
             k,
             v,
             out,
@@ -233,7 +242,7 @@ def _backward(
     else:
         rows = torch.nn.functional.pad(lse, (0, -length % 32), value=torch.inf)
         grads = aten._scaled_dot_product_efficient_attention_backward(
-            grad, seeing, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
+            grad, q, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
         )
     q_grad, k_grad, v_grad, *_ = grads
     summed = (_without(q_grad, blind), _sum_groups(k_grad, key), _sum_groups(v_grad, value))

@@ -18,10 +18,11 @@ TRIANGLE = torch.ones(S, S, dtype=torch.bool).tril()
 PADDED = (TRIANGLE & (torch.arange(S) < torch.tensor([[S], [S - 13]]))[:, None, None, :]).contiguous()
 
 
-def heads(device, heads=4, groups=2, dtype=torch.float32, values=D, length=S):
-    """Queries, keys and values as models have them: (B, heads, S, D) with the heads inside the tokens."""
+def heads(device, heads=4, groups=2, dtype=torch.float32, values=D, length=S, layout="tokens"):
+    """Queries, keys and values: (B, heads, S, D), as models have them with the heads inside the tokens, or dense."""
     sizes = ((heads, D), (groups, D), (groups, values))
-    return [torch.randn(B, length, n, d, device=device).to(dtype).transpose(1, 2).requires_grad_() for n, d in sizes]
+    states = [torch.randn(B, length, n, d, device=device).to(dtype).transpose(1, 2) for n, d in sizes]
+    return [(x.contiguous() if layout == "heads" else x).requires_grad_() for x in states]
 
 
 def additive(mask, dtype=torch.float32):
@@ -39,10 +40,11 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("mask", [TRIANGLE, PADDED, additive(TRIANGLE), additive(PADDED)], ids=range(4))
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_no_worse_than_eager(device, backend, mask, groups, dtype):
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+def test_no_worse_than_eager(device, backend, mask, groups, dtype, layout):
     mask = mask.to(device)
     mask = mask if mask.dtype == torch.bool else mask.clamp_min(torch.finfo(dtype).min).to(dtype)
-    inputs = (*heads(device, groups=groups, dtype=dtype), mask, is_lower_triangle(mask), D**-0.5)
+    inputs = (*heads(device, groups=groups, dtype=dtype, layout=layout), mask, is_lower_triangle(mask), D**-0.5)
 
     def op(*args):
         return torch.ops.graphfuse.causal_attention(*args)[0]

@@ -26,6 +26,7 @@ from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
+from graphfuse.kernels import _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -34,7 +35,7 @@ from graphfuse.policy import left_to_inductor
 from graphfuse.record import GraphRecord, keep
 from graphfuse.replay import record as record_shadow
 from graphfuse.reporting import Site
-from graphfuse.rewrite import rewrite, share
+from graphfuse.rewrite import hoist, rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of
 
 logs.set_up()
@@ -257,6 +258,7 @@ def _uncapturable(match: Match, config: Config) -> Refusal | None:
 def _finish(shadow: Shadow) -> None:
     for body in shadow.bodies:
         _finish(body)
+    hoist(shadow)
     share(shadow)
     shadow.graph_module.graph.lint()
     shadow.graph_module.recompile()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -17,7 +19,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
 from graphfuse.config import Config
+from graphfuse.early import count_early
 from graphfuse.overwrite import name_of, overwrite
+from graphfuse.sums import add_up_products
 
 
 @dynamo_timed("graphfuse.inner")
@@ -27,20 +31,42 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
         from torch._inductor.compile_fx import compile_fx
 
         _shorten_messages()
+        _call_directly()
         patches = dict(config.inner_options)
         if config.mode is not None and config.mode != "default":
             patches = {**torch._inductor.list_mode_options(config.mode), **patches}
         inductor = torch._inductor.config
         patches["joint_custom_pre_pass"] = JointPass(config.memory, inductor.joint_custom_pre_pass)
-        if not config.captures:  # a captured backward does not write over what a captured forward left for it
-            patches["post_grad_custom_post_pass"] = BackwardPass(inductor.post_grad_custom_post_pass)
-            patches.setdefault("reorder_for_peak_memory", inductor.reorder_for_peak_memory)  # set back after the pass
-        with torch._functorch.config.patch(PARTITIONER[config.memory]):
+        # A captured backward does not write over what a captured forward left for it.
+        patches["post_grad_custom_post_pass"] = BackwardPass(not config.captures, inductor.post_grad_custom_post_pass)
+        patches.setdefault("reorder_for_peak_memory", inductor.reorder_for_peak_memory)  # set back after the pass
+        with torch._functorch.config.patch(PARTITIONER[config.memory]), _decompositions():
             compiled: Any = compile_fx(graph_module, example_inputs, config_patches=patches)
     else:
         compiled = torch._dynamo.lookup_backend(config.inner)(graph_module, list(example_inputs))
     result: Callable[..., Any] = compiled
     return result
+
+
+@contextlib.contextmanager
+def _decompositions() -> Iterator[None]:
+    """Inductor's, but that the gradient of embeddings in half precision on a GPU stays one op.
+
+    In Inductor's own table: with one that is handed to it, AOTAutograd's cache is not used.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    embedding_backward = torch.ops.aten.embedding_dense_backward.default
+    table = select_decomp_table()
+    inductors = table[embedding_backward]
+
+    def decompose(grad: torch.Tensor, *others: Any) -> Any:
+        is_half = grad.is_cuda and grad.dtype in (torch.float16, torch.bfloat16)
+        op = torch.ops.graphfuse.embedding_backward.default if is_half else inductors
+        return op(grad, *others)
+
+    with mock.patch.dict(table, {embedding_backward: decompose}):
+        yield
 
 
 def _shorten_messages() -> None:
@@ -59,6 +85,31 @@ def _shorten_messages() -> None:
         return "\n".join([f"  target: {target}", *(f"    {name}: {operand}" for name, operand in named.items())])
 
     exc.OperatorIssue.operator_str = staticmethod(operator_str)  # type: ignore[method-assign]
+
+
+@functools.cache
+def _call_directly() -> None:
+    """Have code that Inductor generates call what graphfuse's ops do, past the dispatcher.
+
+    That and autograd's part of it, which has nothing to do there, take as long as the rest of a call. Where kernels are
+    small, the host is what a step waits for.
+    """
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    codegen = ir.FallbackKernel.codegen
+
+    def codegen_directly(kernel: Any, wrapper: Any) -> None:
+        op = kernel.op_overload
+        if isinstance(op, torch._ops.OpOverload) and op.namespace == "graphfuse" and not V.graph.cpp_wrapper:
+            # A function does not know the defaults of a schema, nor the names in it.
+            is_whole = not kernel.kwargs and len(kernel.codegen_args()) == len(op._schema.arguments)
+            name = op._schema.name.removeprefix("graphfuse::")
+            if is_whole and hasattr(torch.ops.graphfuse.direct, name):
+                kernel.python_kernel_name = f"torch.ops.graphfuse.direct.{name}"
+        codegen(kernel, wrapper)
+
+    ir.FallbackKernel.codegen = codegen_directly  # type: ignore[assignment, method-assign]
 
 
 # What AOTAutograd's partitioner may compute again in backward, beside the ops below. It never recomputes a matrix
@@ -113,12 +164,17 @@ class Pass(CustomGraphPass):
 
 
 class BackwardPass(Pass):
-    """Has backward write over what only it still reads."""
+    """Has backward add up products as they are made, and write over what only it still reads."""
 
-    key = "overwrite"
+    def __init__(self, overwrites: bool, user_passes: Any = None) -> None:
+        super().__init__(user_passes)
+        self.overwrites = overwrites
+        self.key = f"backward {overwrites}"
 
     def change(self, graph: fx.Graph) -> None:
-        if overwrite(graph):
+        if not (torch._inductor.config.max_autotune or torch._inductor.config.max_autotune_gemm):
+            add_up_products(graph)  # Inductor times kernels for a product only where it sees one
+        if self.overwrites and overwrite(graph):
             # It takes an input that is written over for freed then, and puts off what reads it last.
             torch._inductor.config.reorder_for_peak_memory = False
 
@@ -131,6 +187,7 @@ class JointPass(Pass):
         self.memory = self.key = memory
 
     def change(self, graph: fx.Graph) -> None:
+        count_early(graph)
         if self.memory != "speed":
             for node in graph.find_nodes(op="call_function", target=torch.ops.graphfuse.add_rms_norm.default):
                 normalize_again(graph, node)

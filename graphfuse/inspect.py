@@ -75,6 +75,20 @@ def of_factory(name: str, batch: int, sequence: int | None, dtype: str) -> Repor
     Raises:
         InspectError: no such module or function, or it does not return a module.
     """
+    with torch.device("meta"):
+        model, inputs = made_by(name)
+    model = model.to(device="meta", dtype=DTYPES[dtype])
+    if inputs is None:
+        inputs = _tokens(model.forward, batch, sequence or SEQUENCE)
+    return _inspect(model, inputs)
+
+
+def made_by(name: str) -> tuple[nn.Module, Batch | None]:
+    """What package.module:function returns, called without arguments: a module, and its keyword arguments if any.
+
+    Raises:
+        InspectError: no such module or function, or it does not return a module.
+    """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
         raise InspectError(f"factory: expected package.module:function, got {name!r}")
@@ -87,15 +101,11 @@ def of_factory(name: str, batch: int, sequence: int | None, dtype: str) -> Repor
         raise InspectError(f"factory: expected a name in {module_name}, got {attribute!r}") from error
     finally:
         sys.path.remove("")
-    with torch.device("meta"):
-        made = factory()
+    made = factory()
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise InspectError(f"factory: expected {name} to return an nn.Module, got {type(model).__name__}")
-    model = model.to(device="meta", dtype=DTYPES[dtype])
-    if inputs is None:
-        inputs = _tokens(model.forward, batch, sequence or SEQUENCE)
-    return _inspect(model, inputs)
+    return model, inputs
 
 
 def _config(model_type: str, content: dict[str, Any], option: str) -> Any:
@@ -104,7 +114,7 @@ def _config(model_type: str, content: dict[str, Any], option: str) -> Any:
     except ImportError as error:
         raise InspectError(f"{option}: expected transformers to be installed, got: {error}") from error
     if model_type not in CONFIG_MAPPING:
-        near = _nearest(model_type, list(CONFIG_MAPPING.keys()))
+        near = nearest(model_type, list(CONFIG_MAPPING.keys()))
         raise InspectError(f"{option}: expected a model type that transformers knows, got {model_type!r}{near}")
     try:
         return CONFIG_MAPPING[model_type].from_dict(content)
@@ -112,7 +122,8 @@ def _config(model_type: str, content: dict[str, Any], option: str) -> Any:
         raise InspectError(f"{option}: expected a configuration of {model_type}, got: {_first_line(error)}") from error
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
+    """The known names that look like this one, as the end of a message."""
     import difflib
 
     near = difflib.get_close_matches(name, known, n=3)
@@ -166,13 +177,22 @@ def _of_config(config: Any, batch: int, sequence: int | None, dtype: str) -> Rep
 
 def _tokens(forward: Callable[..., Any], batch: int, sequence: int) -> Batch:
     tokens = torch.zeros(batch, sequence, dtype=torch.long, device="meta")
+    return dict.fromkeys(forward_names(forward), tokens)
+
+
+def forward_names(forward: Callable[..., Any]) -> list[str]:
+    """The arguments of a model that get tokens.
+
+    Raises:
+        InspectError: it takes none.
+    """
     names = list(inspect.signature(forward).parameters)
     if not names:
         raise InspectError("factory: expected a model whose forward takes tokens, got one without arguments")
     given: list[str] = [name for name in ("input_ids", "labels") if name in names] or names[:1]
     if "decoder_input_ids" in names and "labels" not in names:
         given.append("decoder_input_ids")
-    return dict.fromkeys(given, tokens)
+    return given
 
 
 def _inspect(model: nn.Module, inputs: Batch) -> Report:

@@ -1,4 +1,9 @@
-"""Gates whose backward writes over what it reads.
+"""Backward passes that write over what they are the last to read.
+
+    gradient = saved * upstream                          ->    scale_(saved, upstream)
+
+Gradients that forward left behind (the head's) are multiplied where they are: not at all, where backward starts at the
+loss.
 
     product = glu(gate, up)                                    (backward needs it again, for the weight behind it)
     gate_grad, up_grad = glu_backward(grad, gate, up)    ->    product = glu_backward_(grad, gate, up)
@@ -6,6 +11,9 @@
 Backward is the last to read gate and up, which are the largest tensors of a layer. So their gradients find room where
 they were, and the product comes out of the same pass. It is for Inductor to say what may be written over: what autograd
 saved and nobody else can see.
+
+Where the gradient is a matrix product (grad = out_grad @ weight) that nobody else reads, the op makes it itself, and
+the product finds room where it was. Inductor could not be told that: it never frees what an op of its graph wrote over.
 """
 
 from __future__ import annotations
@@ -30,12 +38,28 @@ def name_of(node: fx.Node) -> str:
 def overwrite(graph: fx.Graph) -> bool:
     """Change a backward graph, as AOTAutograd and Inductor's own passes have left it, and say whether anything was."""
     free = _donated(graph)
-    found = [
+    found = [_scale(mul, free) for mul in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)]
+    found += [
         _overwrite(graph, backward, op, count, free)
         for op, count in OPERANDS.items()
         for backward in graph.find_nodes(op="call_function", target=_overload(f"{op}_backward"))
     ]
     return any(found)
+
+
+def _scale(mul: fx.Node, free: set[fx.Node]) -> bool:
+    """Multiply a result of the graph in place; what is still to be computed with, Inductor multiplies on the way."""
+    saved, upstream = mul.args
+    if not isinstance(saved, fx.Node) or not isinstance(upstream, fx.Node) or saved not in free:
+        return False
+    is_result = [*saved.users] == [mul] and all(user.op == "output" for user in mul.users)
+    if not is_result or upstream.meta["val"].dim() or not _is_alike(mul, saved):
+        return False
+    with mul.graph.inserting_before(mul):
+        mul.graph.call_function(_overload("scale_"), (saved, upstream))
+    mul.replace_all_uses_with(saved)
+    mul.graph.erase_node(mul)
+    return True
 
 
 def _overload(name: str) -> torch._ops.OpOverload:
@@ -82,8 +106,10 @@ def _overwrite(graph: fx.Graph, backward: fx.Node, op: str, count: int, free: se
     late = _before(graph, backward, again)  # who reads the product waits for it
     if not {grad, *late}.isdisjoint(again) or grad in late:
         return False
+    factors = _factors(grad, backward)
     with graph.inserting_before(backward):
-        product = graph.call_function(_overload(f"{op}_backward_"), (grad, *operands, *options, bool(again)))
+        arguments = [*factors, *operands, *options, bool(again)]
+        product = graph.call_function(_overload(f"{op}_backward_"), tuple(arguments))
     if again:
         product.meta["val"] = again[0].meta["val"]
     for node in reversed(late):
@@ -97,6 +123,14 @@ def _overwrite(graph: fx.Graph, backward: fx.Node, op: str, count: int, free: se
             graph.erase_node(result)
     graph.erase_node(backward)
     return True
+
+
+def _factors(grad: fx.Node, reader: fx.Node) -> tuple[Any, Any]:
+    """The gradient and no weight, or the two whose matrix product it is, and nothing but that."""
+    product = _base(grad)
+    if product.target is not torch.ops.aten.mm.default or [*_readers(product)] != [reader]:
+        return grad, None
+    return product.args[0], product.args[1]
 
 
 def _before(graph: fx.Graph, end: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from graphfuse.shadow import LEAF, Shadow, Value, bodies_of, is_nested, storage_key
+from graphfuse.shadow import LEAF, Shadow, Value, bodies_of, is_nested, operands_of, storage_key
 
 aten = torch.ops.aten
 
@@ -94,12 +95,17 @@ class _Recorder(TorchDispatchMode):
             for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
                 if isinstance(tensor, Tensor):
                     changed.add(storage_key(tensor))
+        self.note_writes(changed)
+        return changed
+
+    def note_writes(self, changed: set[int]) -> None:
         assert self.node is not None
+        if not changed:
+            return
         for key in changed:
             self.version[key] = self.version.get(key, 0) + 1
             self.shadow.mutations.setdefault(key, []).append(len(self.shadow.values))
         self.shadow.mutating_nodes.setdefault(self.node, set()).update(changed)
-        return changed
 
 
 class _Replay(fx.Interpreter):
@@ -109,9 +115,17 @@ class _Replay(fx.Interpreter):
         super().__init__(graph_module, garbage_collect_values=False)
         self.recorder = recorder
         self.autocast: list[Any] = []
+        self.modes: dict[fx.Node, _Modes] = {}  # that a nested node runs in
+        self.handed: dict[fx.Node, list[Value | None]] = {}  # the values that it hands to its region
+        self.bodies: dict[fx.GraphModule, Shadow] = {}  # of its graphs, as the first node ran them
 
     def run_node(self, n: fx.Node) -> Any:
         self.recorder.node = n
+        if is_nested(n):
+            self.modes[n] = _Modes.now(self.recorder.shadow)
+            operands = (self.env[a] if isinstance(a, fx.Node) else a for a in operands_of(n))
+            self.handed[n] = [self.recorder.lookup(t) if isinstance(t, Tensor) else None for t in operands]
+            self.run_bodies(n)
         example = n.meta.get("example_value")
         symbolic = isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool))
         if is_nested(n) or (symbolic and n.op != "placeholder"):
@@ -129,6 +143,26 @@ class _Replay(fx.Interpreter):
         elif n.target is torch.amp.autocast_mode._exit_autocast and self.autocast:
             self.autocast.pop()
         return result
+
+    def run_bodies(self, n: fx.Node) -> None:
+        """Replay the graphs of a nested node; what one writes to may be any tensor that the node is given."""
+        recorder, writes = self.recorder, False
+        for name in bodies_of(n):
+            body = recorder.shadow.graph_module.get_submodule(name)
+            if not isinstance(body, fx.GraphModule):
+                continue
+            if body not in self.bodies:
+                recorder.quiet = True
+                try:
+                    self.bodies[body] = record(body)
+                finally:
+                    recorder.quiet = False
+            shadow = self.bodies[body]
+            given = (shadow.value_of.get(node) for node in body.graph.find_nodes(op="placeholder"))
+            writes |= any(value is not None and storage_key(value.tensor) in shadow.mutations for value in given)
+        if writes:
+            tensors = (self.env[node] for node in n.all_input_nodes)
+            recorder.note_writes({storage_key(tensor) for tensor in tensors if isinstance(tensor, Tensor)})
 
     def run_attention(self, n: fx.Node) -> Any:
         """Record attention as one operation: what it would dispatch to depends on the device and its mask."""
@@ -156,6 +190,21 @@ def _autocast(tensor: Tensor) -> Tensor:
     known = torch.amp.autocast_mode.is_autocast_available(device)  # not for meta tensors
     eligible = known and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(device)) if eligible and torch.is_autocast_enabled(device) else tensor
+
+
+@dataclass(frozen=True)
+class _Modes:
+    """What a graph runs in: autograd's mode, and for each kind of device whether autocast is on, and its dtype."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def now(cls, shadow: Shadow) -> _Modes:
+        known = torch.amp.autocast_mode.is_autocast_available
+        devices = sorted(device for device in {value.tensor.device.type for value in shadow.values} if known(device))
+        of = ((device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices)
+        return cls(torch.is_grad_enabled(), tuple(of))
 
 
 @functools.cache
@@ -205,12 +254,32 @@ def record(graph_module: fx.GraphModule, example_inputs: Iterable[Any] = ()) -> 
                 recorder.define(LEAF, (), {}, example, 0)
         replay.run(*examples)
     _relate(shadow, replay.env, recorder)
-    for node in graph_module.graph.nodes:
-        for name in bodies_of(node):
-            body = graph_module.get_submodule(name)
-            if isinstance(body, fx.GraphModule) and all(s.graph_module is not body for s in shadow.bodies):
-                shadow.bodies.append(record(body))
+    shadow.bodies = _record_bodies(replay)
     return shadow
+
+
+def _record_bodies(replay: _Replay) -> list[Shadow]:
+    """The graphs of nested nodes, but such as run in several modes: they do not compute one thing."""
+    nested: dict[fx.GraphModule, list[fx.Node]] = {}
+    for node in replay.modes:
+        for name in bodies_of(node):
+            body = replay.recorder.shadow.graph_module.get_submodule(name)
+            if isinstance(body, fx.GraphModule):
+                nested.setdefault(body, []).append(node)
+    bodies = []
+    for body, nodes in nested.items():
+        around = {replay.modes[node] for node in nodes}
+        if len(around) > 1:
+            continue
+        shadow = replay.bodies[body]
+        if len(nodes) == 1:
+            for placeholder, value in zip(
+                body.graph.find_nodes(op="placeholder"), replay.handed[nodes[0]], strict=False
+            ):
+                if placeholder in shadow.value_of:
+                    shadow.value_of[placeholder].handed = value
+        bodies.append(shadow)
+    return bodies
 
 
 def _relate(shadow: Shadow, env: dict[fx.Node, Any], recorder: _Recorder) -> None:

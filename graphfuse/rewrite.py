@@ -7,6 +7,7 @@ decided here, in one place, for all patterns.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from graphfuse.certify import certify
 from graphfuse.match import Match, Refusal, unreachable
-from graphfuse.shadow import LEAF, Shadow, Value, hint, storage_key
+from graphfuse.shadow import LEAF, Shadow, Value, bodies_of, hint, operands_of, storage_key
 
 TAKE_APART = "call the operations that it is made of one by one"
 ONE_MODE = "compute all of it inside the no_grad block, or all of it outside"
@@ -109,8 +110,10 @@ def rewrite(match: Match, shadow: Shadow) -> Refusal | None:
 def _commit(match: Match, shadow: Shadow) -> Refusal | None:
     graph = shadow.graph_module.graph
     old = [shadow.node_of[value] for value in match.outputs]
-    region = shadow.cone(match.outputs, match.inputs)
-    region_nodes = {node for value in region for node in (value.node, shadow.node_of.get(value, value.node))}
+    region = set(shadow.cone(match.outputs, match.inputs))
+    # Also what returns a value of the region as it is, such as a cast to the dtype that it has.
+    returning = {node for node, value in shadow.value_of.items() if value in region}
+    region_nodes = {value.node for value in region} | returning
     with graph.inserting_before(min(old)):
         inputs = [_node_for(value, shadow) for value in match.inputs]
         late = [n for n in inputs if not n < min(old)]
@@ -200,9 +203,11 @@ def _stride_order(tensor: Tensor) -> list[int]:
 
 
 def _describe(before: fx.Node, after: fx.Node) -> None:
-    """Let the nodes in between tell the same origin as the node that they came for."""
+    """Let the nodes in between tell the same origin as the node that they came for, and which overload they call."""
     node = before.next
     while node is not after:
+        if isinstance(node.target, torch._ops.OpOverloadPacket):
+            node.target = node.target.default
         for name in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if name in after.meta:
                 node.meta.setdefault(name, after.meta[name])
@@ -222,6 +227,35 @@ def share(shadow: Shadow) -> None:
         if first.setdefault(key, node) is not node:
             node.replace_all_uses_with(first[key])
             node.graph.erase_node(node)
+
+
+def hoist(shadow: Shadow) -> None:
+    """Look at a mask before the checkpoint that uses it: in its region it would be looked at again in backward."""
+    graph = shadow.graph_module.graph
+    look_at = torch.ops.graphfuse.is_lower_triangle.default
+    uses = Counter(name for node in graph.nodes for name in bodies_of(node))
+    bodies: dict[torch.nn.Module, Shadow] = {body.graph_module: body for body in shadow.bodies}
+    for node in list(graph.nodes):
+        names = bodies_of(node) if operands_of(node) else []
+        body = bodies.get(shadow.graph_module.get_submodule(names[0])) if names and uses[names[0]] == 1 else None
+        inputs = [] if body is None else body.graph_module.graph.find_nodes(op="placeholder")
+        if body is None or len(inputs) != len(operands_of(node)):
+            continue
+        handed = dict(zip(inputs, operands_of(node), strict=True))
+        for look in body.graph_module.graph.find_nodes(op="call_function", target=look_at):
+            mask = look.args[0]
+            if mask not in handed or storage_key(mask.meta["example_value"]) in body.mutations:
+                continue
+            with graph.inserting_before(node):
+                outside = graph.call_function(look_at, (handed[mask],))
+            with body.graph_module.graph.inserting_after(inputs[-1]):
+                inside = body.graph_module.graph.placeholder("is_causal")
+            _describe(outside.prev, node)
+            look.replace_all_uses_with(inside)
+            body.graph_module.graph.erase_node(look)
+            node.args = (*node.args, outside)
+            inputs.append(inside)
+        body.graph_module.recompile()
 
 
 def erase(nodes: set[fx.Node], shadow: Shadow) -> None:

@@ -40,6 +40,7 @@ class Value:
     output: int  # which of the operation's outputs
     grad_mode: bool
     users: list[Value] = field(default_factory=list)
+    handed: Value | None = None  # for an input of a checkpointed region: the value of the graph around that it is
 
     def __repr__(self) -> str:
         return f"%{self.index} = {self.op} [{self.node.name}]"
@@ -123,10 +124,21 @@ class Shadow:
             stack.extend(value.operands())
         return sorted(found, key=lambda value: value.index)
 
+    def history(self, outputs: Iterable[Value]) -> list[Value]:
+        """Every value that `outputs` come from, themselves included, in order of execution; in graphs around, too."""
+        own = self.cone(outputs, [])
+        handed = [value.handed for value in own if value.handed is not None]
+        return [*self.history(handed), *own] if handed else own
+
 
 def is_nested(node: fx.Node) -> bool:
     """Whether the node runs a graph of its own (a higher-order operator)."""
     return node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def operands_of(node: fx.Node) -> tuple[Any, ...]:
+    """What a checkpoint hands to its region, in the order of the region's placeholders; nothing for other nodes."""
+    return node.args[1:] if node.target is torch.ops.higher_order.tag_activation_checkpoint else ()
 
 
 def bodies_of(node: fx.Node) -> list[str]:

@@ -26,27 +26,30 @@ from graphfuse.kernels._softmax_device import (
     tl_losses,
     tl_on_target,
     tl_skip_losses,
+    tl_vector_start,
     tl_weight_sum,
 )
 from graphfuse.kernels._softmax_grad import (
-    MAX_BLOCK_BYTES,
-    MAX_WARPS,
     NO_TARGET,
+    VECTOR_BYTES,
     Factors,
     Logits,
     TokenLosses,
+    fused,
     gradient_reference,
     losses_reference,
+    over_row,
 )
 from graphfuse.kernels._token_chunks import check_targets, chunk_tokens
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import launch, tl, triton
 
 SKIPPED = -1.0
 # Of a chunk of logits in fp32: little beside all logits, and in a last-level cache with what is made of it. Others,
 # from 0.5 to 32 MiB, were neither faster nor slower.
 CPU_CHUNK_BYTES = 2**22
-# Of one row held by a program of the second pass: four loads of 16 bytes for each thread of 8 warps.
-GRAD_BLOCK_BYTES = 16384
+# Of a row, for a program of the second pass: two loads for each lane.
+GRAD_BLOCK_BYTES = 4096
+GRAD_WARPS = 4
 
 
 def token_losses_reference(
@@ -136,7 +139,9 @@ def _token_losses_kernel(
     SKIPPED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,  # logits in a load of a lane
+    IS_ALIGNED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * L can exceed 2**31
     if counted_ptr is not None:  # noqa: SIM102 - decided when it is compiled, the next one for each row
@@ -147,7 +152,7 @@ def _token_losses_kernel(
             return
 
     top, total = tl_losses(
-        logits_ptr + row * L,
+        logits_ptr,
         row,
         tl.load(target_ptr + row),
         class_weight_ptr,
@@ -156,11 +161,13 @@ def _token_losses_kernel(
         smooth_ptr,
         lse_ptr,
         V,
-        V,
+        L,
         NO_TARGET,
         SCALE,
         SOFTCAP,
-        BLOCK,
+        LANES,
+        VECTOR,
+        IS_ALIGNED,
         "evict_first",
     )
     tl.store(top_ptr + row, top)
@@ -185,11 +192,23 @@ def _token_losses_gradient_kernel(
     SKIPPED: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    VECTORS: tl.constexpr,  # of a program
+    VECTOR: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,  # logits_ptr is a multiple of a vector, rows of both tensors start alike in one
 ):
     row = tl.program_id(0).to(tl.int64)  # row * L can exceed 2**31
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    grad_ptr += row * V
+    base, before = tl_vector_start(row * L, VECTOR, IS_ALIGNED)
+    grad_base, _ = tl_vector_start(row * V, VECTOR, IS_ALIGNED)
+    start = tl.program_id(1) * (VECTORS * VECTOR)
+    first = start + tl.arange(0, VECTORS)[:, None] * VECTOR
+    place = first + tl.arange(0, VECTOR)[None, :]
+    cols = place - before
+    is_class = (cols >= 0) & (cols < V)
+    is_read = is_class
+    is_whole = is_class
+    if IS_ALIGNED:
+        is_read = first < V + before
+        is_whole = (first >= before) & (first + VECTOR <= V + before)
     target = tl.load(target_ptr + row)
     total = tl.load(total_ptr + row)
     on_target = tl_on_target(tl_load_or_zero(nll_factor_ptr, row), target, V, NO_TARGET)
@@ -197,27 +216,32 @@ def _token_losses_gradient_kernel(
     on_lse = tl_load_or_zero(lse_factor_ptr, row)
 
     if (total == SKIPPED) | ((on_target == 0.0) & (smooth == 0.0) & (on_lse == 0.0)):
-        tl.store(grad_ptr + cols, tl.zeros((BLOCK,), grad_ptr.dtype.element_ty), mask=cols < V)
-        return
-
-    p_factor = SCALE * (on_target + smooth * tl_weight_sum(weight_sum_ptr, V) + on_lse) / total
-    a = tl.load(logits_ptr + row * L + cols, mask=cols < V, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    is_smoothed: tl.constexpr = smooth_factor_ptr is not None
-    grad = tl_gradient(
-        a,
-        cols,
-        target,
-        tl.load(top_ptr + row),
-        p_factor,
-        on_target * SCALE,
-        smooth * SCALE,
-        class_weight_ptr,
-        V,
-        SCALE,
-        SOFTCAP,
-        is_smoothed,
-    )
-    tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V, eviction_policy="evict_first")
+        grad = tl.zeros((VECTORS, VECTOR), tl.float32)
+    else:
+        p_factor = SCALE * (on_target + smooth * tl_weight_sum(weight_sum_ptr, V) + on_lse) / total
+        a = tl.load(logits_ptr + base + place, mask=is_read, other=0.0, eviction_policy="evict_first")
+        a = tl.where(is_class, a.to(tl.float32), 0.0)
+        is_smoothed: tl.constexpr = smooth_factor_ptr is not None
+        grad = tl_gradient(
+            a,
+            cols,
+            target,
+            tl.load(top_ptr + row),
+            p_factor,
+            on_target * SCALE,
+            smooth * SCALE,
+            class_weight_ptr,
+            V,
+            SCALE,
+            SOFTCAP,
+            is_smoothed,
+        )
+    grad = grad.to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + grad_base + place, grad, mask=is_whole, eviction_policy="evict_first")
+    if IS_ALIGNED:  # noqa: SIM102 - decided when it is compiled, the next one for each block
+        # Vectors that belong to two rows, whose elements are stored one by one.
+        if (start < before) | (start + VECTORS * VECTOR > (V + before) // VECTOR * VECTOR):
+            tl.store(grad_ptr + grad_base + place, grad, mask=is_class & ~is_whole)
 
 
 def token_losses_triton(
@@ -235,26 +259,26 @@ def token_losses_triton(
     if not tokens:
         return
     _check(logits, target, counted, class_weight, top, total, *losses)
-    block = min(MAX_BLOCK_BYTES // logits.element_size(), triton.next_power_of_2(vocab))
-    with torch.cuda.device(logits.device.index if logits.is_cuda else -1):
-        _token_losses_kernel[(tokens,)](
-            logits,
-            target,
-            counted,
-            class_weight,
-            None if class_weight is None else class_weight.sum(),
-            *losses,
-            top,
-            total,
-            vocab,
-            logits.stride(0),
-            NO_TARGET=NO_TARGET,
-            SKIPPED=SKIPPED,
-            SCALE=float(options.scale),
-            SOFTCAP=float(options.softcap),
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
+    launch(
+        _token_losses_kernel,
+        (tokens,),
+        logits,
+        target,
+        counted,
+        class_weight,
+        None if class_weight is None else class_weight.sum(),
+        *losses,
+        top,
+        total,
+        vocab,
+        logits.stride(0),
+        NO_TARGET=NO_TARGET,
+        SKIPPED=SKIPPED,
+        SCALE=float(options.scale),
+        SOFTCAP=float(options.softcap),
+        IS_ALIGNED=logits.data_ptr() % VECTOR_BYTES == 0,
+        **over_row(vocab, logits.element_size(), options),
+    )
 
 
 def token_losses_gradient_triton(
@@ -274,26 +298,33 @@ def token_losses_gradient_triton(
     _check(logits, target, None, class_weight, top, total, *factors)
     assert grad.is_contiguous(), "the gradient must be dense"
     assert factors.square is None, "a square is made of the log-sum-exp outside"
-    block = min(GRAD_BLOCK_BYTES // logits.element_size(), triton.next_power_of_2(vocab))
-    with torch.cuda.device(logits.device.index if logits.is_cuda else -1):
-        _token_losses_gradient_kernel[(tokens, triton.cdiv(vocab, block))](
-            logits,
-            grad,
-            target,
-            class_weight,
-            None if class_weight is None else class_weight.sum(),
-            top,
-            total,
-            *factors[:3],
-            vocab,
-            logits.stride(0),
-            NO_TARGET=NO_TARGET,
-            SKIPPED=SKIPPED,
-            SCALE=float(options.scale),
-            SOFTCAP=float(options.softcap),
-            BLOCK=block,
-            num_warps=_warps(block),
-        )
+    itemsize = logits.element_size()
+    vector = VECTOR_BYTES // itemsize
+    vectors = min(GRAD_BLOCK_BYTES // VECTOR_BYTES, max(32, triton.next_power_of_2(vocab) // vector))
+    alike = (logits.stride(0) - vocab) % vector == 0 and grad.dtype == logits.dtype
+    launch(
+        _token_losses_gradient_kernel,
+        (tokens, triton.cdiv(vocab + vector - 1, vectors * vector)),
+        logits,
+        grad,
+        target,
+        class_weight,
+        None if class_weight is None else class_weight.sum(),
+        top,
+        total,
+        *factors[:3],
+        vocab,
+        logits.stride(0),
+        NO_TARGET=NO_TARGET,
+        SKIPPED=SKIPPED,
+        SCALE=float(options.scale),
+        SOFTCAP=float(options.softcap),
+        VECTORS=vectors,
+        VECTOR=vector,
+        IS_ALIGNED=alike and logits.data_ptr() % VECTOR_BYTES == 0,
+        num_warps=min(GRAD_WARPS, vectors // 32),
+        **fused(options),
+    )
 
 
 def _check(logits: Tensor, target: Tensor, counted: Tensor | None, *numbers: Tensor | None) -> None:
@@ -303,7 +334,3 @@ def _check(logits: Tensor, target: Tensor, counted: Tensor | None, *numbers: Ten
     given = [number for number in numbers if number is not None]
     assert all(number.dtype == torch.float32 for number in given), "the kernel computes in fp32"
     assert all(vector is None or vector.is_contiguous() for vector in (target, counted, *given)), "no gaps"
-
-
-def _warps(block: int) -> int:
-    return min(MAX_WARPS, max(4, block // 256))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphfuse.kernels._softmax_device import tl_tanh
 from graphfuse.kernels._strides import fold
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import launch, tl, triton
 
 # Elements of a program. A thread has 8 of each tensor: one 16-byte access in bf16, two in fp32.
 TILE = 1024
@@ -137,7 +137,7 @@ def tl_clamp(gate, up, GATE_MAX: tl.constexpr, UP_LIMIT: tl.constexpr, UP_OFFSET
     return gate, up + UP_OFFSET
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["R", "num_col_blocks"])
 def _glu_kernel(
     gate_ptr,  # [R, C]
     up_ptr,  # [R, C]
@@ -176,7 +176,7 @@ def _glu_kernel(
     tl.store(y_ptr + rows * y_strides[0] + cols * y_strides[1], y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["R", "num_col_blocks"])
 def _glu_backward_kernel(
     gate_ptr,  # [R, C]
     up_ptr,  # [R, C]
@@ -331,9 +331,8 @@ def _launch(
         return True
     is_adjacent = gate.dtype == up.dtype and up.data_ptr() - gate.data_ptr() == gate.element_size()
     strides = tuple(gate.stride() if tensor is None else tensor.stride() for tensor in tensors)
-    launch = plan_launch(gate.shape, strides, options, is_adjacent, TILE)
-    if launch is None:
+    plan = plan_launch(gate.shape, strides, options, is_adjacent, TILE)
+    if plan is None:
         return False
-    with torch.cuda.device(gate.device.index if gate.is_cuda else -1):
-        kernel[launch.grid](*tensors, *launch.args, **launch.constants, **more)
+    launch(kernel, plan.grid, *tensors, *plan.args, **plan.constants, **more)
     return True

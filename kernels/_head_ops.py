@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, TokenLosses, scale_triton_
-from graphfuse.kernels._token_chunks import Chunks, Head, Needs, run_chunks
-from graphfuse.kernels._triton import HAS_TRITON
+from graphfuse.kernels._scale import scale_
+from graphfuse.kernels._softmax_grad import NO_TARGET, Factors, Logits, TokenLosses
+from graphfuse.kernels._token_chunks import Chunks, Head, Needs, count_kept, run_chunks
 
 # The fields of `Head`, `Factors` and `Needs`, in their order: the first two are passed flat.
 _HEAD = (
@@ -33,9 +33,10 @@ _GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 
 torch.library.define(
     "graphfuse::linear_cross_entropy",
-    f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}) -> (Tensor, {_GRADS})",
+    f"({_HEAD}, {_FACTORS}, {_OPTIONS}, {_NEEDS}, Tensor? kept=None) -> (Tensor, {_GRADS})",
     tags=_op.TAGS,
 )
+torch.library.define("graphfuse::count_kept", f"({_FACTORS}, int? work) -> Tensor", tags=_op.TAGS)
 torch.library.define(
     "graphfuse::linear_token_losses",
     f"({_HEAD}, {_OPTIONS}, bool want_nll, bool want_smooth, bool want_lse, bool skip) -> (Tensor, Tensor, Tensor)",
@@ -67,6 +68,7 @@ def _sum_forward(*args: Any) -> tuple[Tensor, ...]:
         (factors.nll is not None, factors.smooth is not None, wants_lse),
         needs,
         _saved_dtype(head.hidden.dtype),
+        args[16] if len(args) > 16 else None,
     )
     square = None if factors.square is None or losses.lse is None else losses.lse.square()
     loss = head.hidden.new_zeros((), dtype=_op.compute_dtype(head.hidden.dtype))
@@ -97,9 +99,14 @@ def _run(
     wants: tuple[bool, bool, bool],
     needs: Needs,
     grad_dtype: torch.dtype,
+    count: Tensor | None = None,
 ) -> tuple[TokenLosses, tuple[Tensor, ...]]:
-    logits, chunks = Logits(*options[:2]), Chunks(*options[2:])
-    return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=_op.launches(head.hidden))
+    logits, chunks, use_triton = Logits(*options[:2]), Chunks(*options[2:]), _op.launches(head.hidden)
+    return run_chunks(head, factors, logits, wants, needs, chunks, grad_dtype, use_triton=use_triton, count=count)
+
+
+def _count(*args: Any) -> Tensor:
+    return count_kept(Factors(*args[:4]), args[4])
 
 
 def _empty_grads(head: Head, dtype: torch.dtype, needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -119,15 +126,21 @@ def _empty_grads(head: Head, dtype: torch.dtype, needs: Sequence[bool]) -> tuple
     )
 
 
-torch.library.impl("graphfuse::linear_cross_entropy", "default", _sum_forward)
-torch.library.impl("graphfuse::linear_token_losses", "default", _each_forward)
-torch.library.impl("graphfuse::linear_token_losses_backward", "default", _each_backward)
+_op.implement("linear_cross_entropy", _sum_forward)
+_op.implement("count_kept", _count)
+_op.implement("linear_token_losses", _each_forward)
+_op.implement("linear_token_losses_backward", _each_backward)
 
 
 @torch.library.register_fake("graphfuse::linear_cross_entropy")
 def _(hidden, *args: Any):
     loss = hidden.new_empty((), dtype=_op.compute_dtype(hidden.dtype))
-    return loss, *_empty_grads(Head(hidden, *args[:6]), _saved_dtype(hidden.dtype), args[-1])
+    return loss, *_empty_grads(Head(hidden, *args[:6]), _saved_dtype(hidden.dtype), args[14])
+
+
+@torch.library.register_fake("graphfuse::count_kept")
+def _(*args: Any):
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("graphfuse::linear_token_losses")
@@ -165,7 +178,7 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     # A zero gradient for the outputs that are gradients would be as large as the weight.
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.needs = inputs[-1]
+    ctx.needs = inputs[15]
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[: len(Needs._fields)]]
     ctx.gradients = _Gradients(output[1:])
 
@@ -173,8 +186,8 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 def _sum_autograd(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * len(Needs._fields)
     wanted = ctx.needs_input_grad[: len(grads)]
-    _reject_second_derivative("linear_cross_entropy", wanted)
     if grad is not None:
+        _reject_second_derivative("linear_cross_entropy", wanted)
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         saved = ctx.gradients.take(keep=keep)
         for index, name in enumerate(Needs._fields):
@@ -195,9 +208,7 @@ def _scale(saved: Tensor, upstream: Tensor, dtype: torch.dtype, *, keep: bool) -
     traced = type(saved) is not Tensor or torch.compiler.is_compiling()
     if saved.dtype != dtype or traced or keep:
         return (saved * upstream).to(dtype)
-    if saved.is_cuda and HAS_TRITON and saved.is_contiguous():
-        return scale_triton_(saved, upstream)
-    return saved.mul_(upstream)
+    return scale_(saved, upstream)
 
 
 def _each_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -209,9 +220,9 @@ def _each_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 def _each_autograd(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[: len(Needs._fields)]
-    _reject_second_derivative("linear_token_losses", wanted)
     if all(grad is None for grad in grads):
         return (None,) * len(ctx.needs_input_grad)
+    _reject_second_derivative("linear_token_losses", wanted)
     found = torch.ops.graphfuse.linear_token_losses_backward(*grads, *ctx.saved_tensors, *ctx.options, wanted)
     given = (grad if want else None for grad, want in zip(found, wanted, strict=True))
     return *given, *[None] * (len(ctx.needs_input_grad) - len(wanted))

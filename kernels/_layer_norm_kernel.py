@@ -111,7 +111,7 @@ def tl_add_part(parts_ptr, grad, num_before, cols, D: tl.constexpr):
         tl.store(parts_ptr + cols, before + tl.sum(grad, axis=0)[None, :], mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["R", "N1", "N2"])
 def layer_norm_kernel(
     x_ptr,  # [N0, N1, N2, D]
     weight_ptr,  # [D] or None
@@ -192,7 +192,7 @@ def layer_norm_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["R", "N1", "N2"])
 def layer_norm_backward_kernel(
     grad_ptr,  # [N0, N1, N2, D]
     x_ptr,  # [N0, N1, N2, D]

@@ -18,7 +18,7 @@ from graphfuse.kernels._rms_norm_kernel import (
     add_parts_kernel,
     plan_walk,
 )
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import launch, tl, triton
 
 MODES = ("inside", "outside", "clamp")
 
@@ -91,7 +91,9 @@ def add_parts_(parts: Tensor | None, total: Tensor | None) -> None:  # (P, D), (
     if parts is None:
         return
     programs, features = parts.shape
-    add_parts_kernel[(triton.cdiv(features, PARTS_BLOCK_D),)](
+    launch(
+        add_parts_kernel,
+        (triton.cdiv(features, PARTS_BLOCK_D),),
         parts,
         total,
         programs,

@@ -63,7 +63,7 @@ def tl_scaled(y, scale, OFFSET: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED:
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["N", "N1", "N2", "H"])
 def norm_rope_kernel(
     x_ptr,  # [N0, N1, N2, H, D]
     weight_ptr,  # [W] or None, contiguous
@@ -109,21 +109,7 @@ def norm_rope_kernel(
     start = tl.full((), START, tl.int64)
 
     a, b = tl_load_pairs(x_ptrs + start * x_stride, x_stride, mask, P, LAYOUT, BLOCK_P)
-    squares = tl_total(a * a + b * b, ACROSS)
-    if REST < REST_END:
-        rest = tl_load_rest(x_ptrs, x_stride, mask, REST, REST_END, BLOCK_REST)
-        squares += tl_total(rest * rest, ACROSS)
-    # Heads and tokens beyond the end must not divide by zero.
-    exists = token_mask if ACROSS else mask
-    rstd, _ = tl_rstd(tl.where(exists, squares / W, 1.0), EPS, GAIN, MODE)
-
-    scale_a, scale_b = None, None
-    if weight_ptr is not None:
-        weight_ptrs = weight_ptr + (place[3] * D if ACROSS else place[3] * 0)
-        scale_a, scale_b = tl_load_pairs(weight_ptrs + start, 1, mask, P, LAYOUT, BLOCK_P)
-    a = tl_scaled(a * rstd, scale_a, OFFSET, NORMALIZED, ROUNDED)
-    b = tl_scaled(b * rstd, scale_b, OFFSET, NORMALIZED, ROUNDED)
-
+    # Everything that is read is asked for before the first sum is waited for.
     cos1, cos2, sin1, sin2 = tl_load_tables(
         cos_ptr,
         sin_ptr,
@@ -138,6 +124,20 @@ def norm_rope_kernel(
         BLOCK_P,
         SPREAD,
     )
+    scale_a, scale_b = None, None
+    if weight_ptr is not None:
+        weight_ptrs = weight_ptr + (place[3] * D if ACROSS else place[3] * 0)
+        scale_a, scale_b = tl_load_pairs(weight_ptrs + start, 1, mask, P, LAYOUT, BLOCK_P)
+
+    squares = tl_total(a * a + b * b, ACROSS)
+    if REST < REST_END:
+        rest = tl_load_rest(x_ptrs, x_stride, mask, REST, REST_END, BLOCK_REST)
+        squares += tl_total(rest * rest, ACROSS)
+    # Heads and tokens beyond the end must not divide by zero.
+    exists = token_mask if ACROSS else mask
+    rstd, _ = tl_rstd(tl.where(exists, squares / W, 1.0), EPS, GAIN, MODE)
+    a = tl_scaled(a * rstd, scale_a, OFFSET, NORMALIZED, ROUNDED)
+    b = tl_scaled(b * rstd, scale_b, OFFSET, NORMALIZED, ROUNDED)
     p = a * cos1 - b * sin1
     q = b * cos2 + a * sin2
     tl_store_pairs(y_ptrs + start * y_stride, y_stride, p, q, mask, P, OUT_LAYOUT, BLOCK_P)
@@ -149,7 +149,7 @@ def norm_rope_kernel(
         tl_store_rest(y_ptrs, y_stride, rest, mask, REST, REST_END, BLOCK_REST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["N", "N1", "N2", "H"])
 def norm_rope_backward_kernel(
     grad_ptr,  # [N0, N1, N2, H, D]
     x_ptr,  # [N0, N1, N2, H, D]

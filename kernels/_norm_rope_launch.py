@@ -12,15 +12,15 @@ from graphfuse.kernels._norm import add_parts_
 from graphfuse.kernels._norm_rope_kernel import norm_rope_backward_kernel, norm_rope_kernel
 from graphfuse.kernels._rms_norm_kernel import NormOptions, num_sms
 from graphfuse.kernels._rope_kernel import Rotation, Table, heads_per_program, plan_walk
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import launch, tl, triton
 
-# Elements of a program. A thread has 32 of them forward, 16 of each of x, the gradient and the weight's backward.
+# Elements of a program at most, 32 to a thread. Forward it has one token, whose entries of the tables all its heads
+# share; backward may have several, and loads the tables as it loads x, by every head.
 TILE = 4096
-TILE_BACKWARD = 2048
+FEW = 1024  # elements of a program forward, below which it has several tokens after all
 MAX_ACROSS = 8192  # features of all heads together that a program holds
-PER_SM = 4  # programs of backward that a multiprocessor runs at once
-SPREAD = True  # see `rope`
-STAGES = 2  # backward loads the next tile ahead
+PER_SM = 2  # programs of backward that a multiprocessor runs at once
+STAGES = 3  # backward loads the next tiles but one ahead
 
 
 class Launch(NamedTuple):
@@ -40,7 +40,7 @@ def plan_launch(
     rotation: Rotation,
     options: NormOptions,
     across: int,
-    tile: int,
+    backward: bool,
 ) -> Launch | None:
     """Lay heads and tokens out over programs; None if no walk or no program can hold them."""
     head_dim = None if across < 0 else across
@@ -56,14 +56,15 @@ def plan_launch(
     block_p, block_rest = _power_of_two_above(pairs), _power_of_two_above(rest_end - rest)
     width = 2 * block_p + (block_rest if rest < rest_end else 0)
     if head_dim is None:
-        rows = _power_of_two_below(tile // width)
-        block_h = heads_per_program(walk.heads, rows)
+        block_h = heads_per_program(walk.heads, _power_of_two_below(TILE // width))
     else:
         if not fits_across(walk.heads, features, 2 * pairs):
             return None
         block_h = _power_of_two_above(walk.heads)
-    block_n = min(triton.next_power_of_2(walk.tokens), _power_of_two_below(tile // (width * block_h)))
-    num_warps = 4 * max(1, _power_of_two_above(block_h * width) // tile)
+    room = TILE if backward else FEW
+    block_n = min(triton.next_power_of_2(walk.tokens), _power_of_two_below(room // (width * block_h)))
+    size = block_n * block_h * width
+    num_warps = _power_of_two_below(max(size // 1024, min(4, size // 512)))
     return Launch(
         tiles=triton.cdiv(walk.tokens, block_n) * triton.cdiv(walk.heads, block_h),
         args=(*walk.strides[::-1], *walk.tables, walk.tokens, *walk.inner, walk.heads),
@@ -87,7 +88,7 @@ def plan_launch(
             "BLOCK_H": block_h,
             "BLOCK_P": block_p,
             "BLOCK_REST": block_rest,
-            "SPREAD": SPREAD,
+            "SPREAD": backward,
             "num_warps": min(num_warps, 16),
         },
     )
@@ -128,21 +129,22 @@ def norm_rope_triton_(
     """Launch the kernel, which writes `y`; False if it cannot walk over such strides."""
     tables = ((cos.shape, cos.stride()), (sin.shape, sin.stride()))
     strides = (x.stride(), y.stride())
-    launch = plan_launch(x.shape, strides, *tables, rotation, options, across, TILE)
-    if launch is None:
+    plan = plan_launch(x.shape, strides, *tables, rotation, options, across, False)
+    if plan is None:
         return False
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        norm_rope_kernel[(launch.tiles,)](
-            x,
-            weight,
-            cos,
-            sin,
-            y,
-            *launch.args,
-            **launch.constants,
-            NORMALIZED=_rounding(dtypes[0]),
-            ROUNDED=_rounding(dtypes[1]),
-        )
+    launch(
+        norm_rope_kernel,
+        (plan.tiles,),
+        x,
+        weight,
+        cos,
+        sin,
+        y,
+        *plan.args,
+        **plan.constants,
+        NORMALIZED=_rounding(dtypes[0]),
+        ROUNDED=_rounding(dtypes[1]),
+    )
     return True
 
 
@@ -161,15 +163,25 @@ def norm_rope_backward_triton_(
     """Launch the kernels, which write `x_grad`, and `weight_grad` unless that is None; False as above."""
     tables = ((cos.shape, cos.stride()), (sin.shape, sin.stride()))
     strides = (grad.stride(), x.stride(), x_grad.stride())
-    launch = plan_launch(x.shape, strides, *tables, rotation, options, across, TILE_BACKWARD)
-    if launch is None:
+    plan = plan_launch(x.shape, strides, *tables, rotation, options, across, True)
+    if plan is None:
         return False
-    num_programs = min(launch.tiles, PER_SM * num_sms(x.device))
-    width = launch.constants["W"]
+    num_programs = min(plan.tiles, PER_SM * num_sms(x.device))
+    width = plan.constants["W"]
     parts = None if weight_grad is None else x.new_empty(num_programs, width, dtype=torch.float32)
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        norm_rope_backward_kernel[(num_programs,)](
-            grad, x, weight, cos, sin, x_grad, parts, *launch.args, **launch.constants, STAGES=STAGES
-        )
-        add_parts_(parts, weight_grad)
+    launch(
+        norm_rope_backward_kernel,
+        (num_programs,),
+        grad,
+        x,
+        weight,
+        cos,
+        sin,
+        x_grad,
+        parts,
+        *plan.args,
+        **plan.constants,
+        STAGES=STAGES,
+    )
+    add_parts_(parts, weight_grad)
     return True

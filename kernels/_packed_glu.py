@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphfuse.kernels import _op
 from graphfuse.kernels._glu_kernel import GluOptions, glu_backward_triton_, glu_triton_
-from graphfuse.kernels.glu import check_options, differentiate, differentiate_, glu_reference
+from graphfuse.kernels.glu import check_options, differentiate, differentiate_, glu_reference, in_place_result
 
 __all__ = ["PACKINGS", "packed_glu", "unpack"]
 
@@ -33,8 +33,8 @@ torch.library.define(
 )
 torch.library.define(
     "graphfuse::packed_glu_backward_",
-    "(Tensor grad, Tensor(a!) packed, str packing, str activation, float alpha, float gate_max, float up_limit, "
-    "float up_offset, bool with_result) -> Tensor",
+    "(Tensor grad, Tensor? weight, Tensor(a!) packed, str packing, str activation, float alpha, float gate_max, "
+    "float up_limit, float up_offset, bool with_result) -> Tensor",
     tags=_op.TAGS,
 )
 
@@ -94,6 +94,7 @@ def _packed_backward(
 
 def _packed_backward_in_place(
     grad: Tensor,
+    weight: Tensor | None,
     packed: Tensor,
     packing: str,
     activation: str,
@@ -104,12 +105,12 @@ def _packed_backward_in_place(
     with_result: bool,
 ) -> Tensor:
     options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
-    return differentiate_(grad, *unpack(packed, packing), options, with_result)
+    return differentiate_(grad, weight, *unpack(packed, packing), options, with_result)
 
 
-torch.library.impl("graphfuse::packed_glu", "default", _packed_forward)
-torch.library.impl("graphfuse::packed_glu_backward", "default", _packed_backward)
-torch.library.impl("graphfuse::packed_glu_backward_", "default", _packed_backward_in_place)
+_op.implement("packed_glu", _packed_forward)
+_op.implement("packed_glu_backward", _packed_backward)
+_op.implement("packed_glu_backward_", _packed_backward_in_place)
 
 
 @torch.library.register_fake("graphfuse::packed_glu")
@@ -123,8 +124,8 @@ def _(grad, packed, packing, activation, alpha, gate_max, up_limit, up_offset):
 
 
 @torch.library.register_fake("graphfuse::packed_glu_backward_")
-def _(grad, *others: Any):
-    return torch.empty_like(grad) if others[-1] else grad.new_empty(0)
+def _(grad, weight, packed, packing, *others: Any):
+    return in_place_result(grad, weight, unpack(packed, packing)[0], others[-1])
 
 
 def _setup_context_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

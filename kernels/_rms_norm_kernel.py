@@ -25,9 +25,9 @@ MAX_BLOCK = 16384  # features held in registers; more of them spill
 # bf16. Backward there are 16 of each of x, the gradient, weight and its gradient.
 TILE = 4096
 TILE_BACKWARD = 2048
-# Warps of a program of backward and programs to a multiprocessor, by block; smaller blocks have 4
-# warps. More do not fit in its registers.
-WARPS_BACKWARD = {4096: (8, 2), 8192: (16, 1), 16384: (16, 1)}
+# Rows of a program of backward, its warps, and programs to a multiprocessor, by block: more do not fit in registers,
+# and fewer parts are sooner added up.
+BACKWARD = {1024: (2, 4, 4), 2048: (2, 4, 2), 4096: (1, 8, 2), 8192: (1, 16, 1), 16384: (1, 16, 1)}
 # The two reads of a wide row should meet in the L2 cache: large programs, few of them.
 WIDE_BLOCK = 8192
 # Backward loads the rows of so many turns of its loop, less one, ahead.
@@ -143,7 +143,7 @@ def tl_store_sum(y_ptrs, y, residual_ptrs, mask, ROUNDED: tl.constexpr):
     tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["R", "N1", "N2"])
 def rms_norm_kernel(
     x_ptr,  # [N0, N1, N2, D]
     weight_ptr,  # [D] or None
@@ -222,7 +222,7 @@ def rms_norm_kernel(
                 tl_store_sum(y_ptrs + at * y_strides[3], y, None, mask, ROUNDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["R", "N1", "N2"])
 def rms_norm_backward_kernel(
     grad_ptr,  # [N0, N1, N2, D]
     x_ptr,  # [N0, N1, N2, D]
@@ -319,7 +319,7 @@ def rms_norm_backward_kernel(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["P"])
 def add_parts_kernel(
     parts_ptr,  # [P, D]
     weight_grad_ptr,  # [D]
@@ -387,9 +387,8 @@ def plan_backward(features: int, rows: int) -> Launch:
     block_d = triton.next_power_of_2(features)
     if block_d > MAX_BLOCK:
         return Launch(1, WIDE_BLOCK, 32, 1)
-    block_r = max(1, min(TILE_BACKWARD // block_d, triton.next_power_of_2(rows)))
-    num_warps, per_sm = WARPS_BACKWARD.get(block_d, (4, 6 if block_d <= 1024 else 4))
-    return Launch(block_r, block_d, num_warps, per_sm)
+    block_r, num_warps, per_sm = BACKWARD.get(block_d, (TILE_BACKWARD // block_d, 4, 6))
+    return Launch(max(1, min(block_r, triton.next_power_of_2(rows))), block_d, num_warps, per_sm)
 
 
 @lru_cache(maxsize=64)

@@ -11,11 +11,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from graphfuse.kernels._strides import fold
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import launch, tl, triton
 
 TILE = 4096  # elements of a program: four 16-byte loads a thread in bf16
 NUM_WARPS = 4
@@ -162,7 +161,7 @@ def tl_copy_features(
     tl.store(y_ptrs + cols * y_stride, y, mask=mask & (cols < END))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["N", "N1", "N2", "H"])
 def _rope_kernel(
     x_ptr,  # [N0, N1, N2, H, D]
     cos_ptr,  # [N0, N1, N2, T]
@@ -361,9 +360,8 @@ def plan_launch(
 def rotate_triton_(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor, rotation: Rotation) -> bool:
     """Launch the kernel, which writes `y`; False if it cannot walk over such strides."""
     tables = ((cos.shape, cos.stride()), (sin.shape, sin.stride()))
-    launch = plan_launch(x.shape, x.stride(), y.stride(), *tables, rotation, TILE)
-    if launch is None:
+    plan = plan_launch(x.shape, x.stride(), y.stride(), *tables, rotation, TILE)
+    if plan is None:
         return False
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        _rope_kernel[launch.grid](x, cos, sin, y, *launch.args, **launch.constants)
+    launch(_rope_kernel, plan.grid, x, cos, sin, y, *plan.args, **plan.constants)
     return True

@@ -40,6 +40,15 @@ def tl_bend(a, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def tl_vector_start(start, VECTOR: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """Return where the vector begins that has the element `start` in it, and how many elements of it are before."""
+    base = start
+    if IS_ALIGNED:
+        base = start // VECTOR * VECTOR
+    return base, (start - base).to(tl.int32)
+
+
+@triton.jit
 def tl_weight_sum(weight_sum_ptr, V):
     """Return the sum of the class weights, the number of classes if the tensor is None."""
     weight_sum = V * 1.0
@@ -61,7 +70,7 @@ def tl_skip_losses(row, nll_ptr, smooth_ptr, lse_ptr):
 
 @triton.jit
 def tl_losses(
-    row_ptr,  # [END]
+    logits_ptr,  # [N, V], row stride L
     row,
     target,
     class_weight_ptr,
@@ -70,41 +79,57 @@ def tl_losses(
     smooth_ptr,
     lse_ptr,
     V,
-    END,  # where a load has to end: V, or a multiple that keeps whole vectors together
+    L,
     NO_TARGET: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,  # logits in a load of a lane
+    IS_ALIGNED: tl.constexpr,  # whether logits_ptr is a multiple of such a load
     EVICTION: tl.constexpr,
 ):
-    """Write the numbers of a row; return its largest logit, and the sum of the exponentials relative to that."""
-    offs = tl.arange(0, BLOCK)
+    """Write the numbers of a row; return its largest logit, and the sum of the exponentials relative to that.
+
+    Each lane keeps these numbers of what it has read itself, and they meet once, at the end of the row: lanes that
+    have to wait for each other all the way do not keep memory busy.
+    """
     # A target outside the classes reads nothing and makes NaN of what depends on it.
     has_target = target != NO_TARGET
     inside = (target >= 0) & (target < V)
-    at_target = tl_bend(tl.load(row_ptr + tl.where(inside, target, 0)).to(tl.float32), SCALE, SOFTCAP)
+    at_target = tl.load(logits_ptr + row * L + tl.where(inside, target, 0)).to(tl.float32)
+    at_target = tl_bend(at_target, SCALE, SOFTCAP)
     # Sums over all classes are taken relative to one logit, so that a large common offset costs no digits.
     pivot = tl.where(at_target > float("-inf"), at_target, 0.0)
 
-    top = float("-inf")
-    total = 0.0
-    spread = 0.0  # sum_c w_c * (z_c - pivot)
-    for start in tl.range(0, END, BLOCK):
-        cols = start + offs
-        # What lies between V and END was never written.
-        z = tl.load(row_ptr + cols, mask=cols < END, other=0.0, eviction_policy=EVICTION).to(tl.float32)
-        z = tl_bend(tl.where(cols < V, z, 0.0), SCALE, SOFTCAP)
+    tops = tl.full((LANES,), float("-inf"), tl.float32)
+    totals = tl.zeros((LANES,), tl.float32)
+    spreads = tl.zeros((LANES,), tl.float32)  # sum_c w_c * (z_c - pivot)
+    base, before = tl_vector_start(row * L, VECTOR, IS_ALIGNED)
+    firsts = tl.arange(0, LANES)[:, None] * VECTOR
+    vector = tl.arange(0, VECTOR)[None, :]
+    for start in tl.range(0, V + before, LANES * VECTOR):
+        cols = start + firsts + vector - before
+        is_class = (cols >= 0) & (cols < V)
+        # Whole vectors, or none: what they hold of other rows is not used, and no allocation ends inside of one.
+        is_read = is_class
+        if IS_ALIGNED:
+            is_read = start + firsts < V + before
+        z = tl.load(logits_ptr + base + (start + firsts + vector), mask=is_read, other=0.0, eviction_policy=EVICTION)
+        z = tl_bend(tl.where(is_class, z.to(tl.float32), 0.0), SCALE, SOFTCAP)
         if smooth_ptr is not None:
             distance = z - pivot
             if class_weight_ptr is not None:
-                distance *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
-            spread += tl.sum(tl.where(cols < V, distance, 0.0))
-        z = tl.where(cols < V, z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift))
-        top = new_top
+                distance *= tl.load(class_weight_ptr + cols, mask=is_class, other=0.0)
+            spreads += tl.sum(tl.where(is_class, distance, 0.0), 1)
+        z = tl.where(is_class, z, float("-inf"))
+        new_tops = tl.maximum(tops, tl.max(z, 1))
+        shifts = tl.where(new_tops == float("-inf"), 0.0, new_tops)
+        totals = totals * tl.exp(tops - shifts) + tl.sum(tl.exp(z - shifts[:, None]), 1)
+        tops = new_tops
 
+    top = tl.max(tops)
+    total = tl.sum(totals * tl.exp(tops - tl.where(top == float("-inf"), 0.0, top)))
+    spread = tl.sum(spreads)
     # Shifted form: log(total) - (at_target - top), never (top + log(total)) - at_target.
     log_total = tl.log(total)
     if nll_ptr is not None:
@@ -149,7 +174,7 @@ def tl_gradient(
     if IS_SMOOTHED:
         uniform = smooth
         if class_weight_ptr is not None:
-            uniform *= tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0)
+            uniform *= tl.load(class_weight_ptr + cols, mask=(cols >= 0) & (cols < V), other=0.0)
         grad -= uniform
     grad = tl.where(cols == target, grad - on_target, grad)
     if SOFTCAP != 0.0:

@@ -21,7 +21,7 @@ Source: Milakov & Gimelshein 2018, https://arxiv.org/abs/1805.02867 (online soft
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from graphfuse.kernels._softmax_device import (
     tl_skip_losses,
     tl_weight_sum,
 )
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import launch, tl, triton
 
 NO_TARGET = -(2**63)  # what a target is replaced by where there is none: no class, and no number that a user marks with
 
@@ -42,12 +42,11 @@ NO_TARGET = -(2**63)  # what a target is replaced by where there is none: no cla
 # loads, and a mask that ends on a multiple of it does not split them.
 ROW_MULTIPLE = 64
 
-# Of one row held by a program at a time: one load of 16 bytes for each thread of 8 warps. An H200 takes 0.47 ms so for
-# 2048 rows of 128256 bf16 classes (0.38 for the bytes alone); 0.75 with 32 KiB, 32 warps and loads two steps ahead.
-MAX_BLOCK_BYTES = 4096
-MAX_WARPS = 8
-
-SCALE_BLOCK = 4096
+# Warps that share a row, each lane with one load under way: an H200 takes 0.40 ms so for 2048 rows of 128256 bf16
+# classes (0.38 for two reads and a write). Two loads take as long, four 0.50 ms; 32 warps on one row for each
+# multiprocessor, whose second read then meets the cache, 0.49 ms.
+WARPS = 8
+VECTOR_BYTES = 16  # of a load
 
 
 class Logits(NamedTuple):
@@ -211,10 +210,12 @@ def _softmax_grad_kernel(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,  # logits in a load of a lane
 ):
     row = tl.program_id(0).to(tl.int64)  # row * L can exceed 2**31
     row_ptr = logits_ptr + row * L
+    BLOCK: tl.constexpr = LANES * VECTOR
     offs = tl.arange(0, BLOCK)
     target = tl.load(target_ptr + row)
     on_target = tl_load_or_zero(nll_factor_ptr, row)
@@ -233,7 +234,7 @@ def _softmax_grad_kernel(
 
     weight_sum = tl_weight_sum(weight_sum_ptr, V)
     top, total = tl_losses(
-        row_ptr,
+        logits_ptr,
         row,
         target,
         class_weight_ptr,
@@ -246,7 +247,9 @@ def _softmax_grad_kernel(
         NO_TARGET,
         SCALE,
         SOFTCAP,
-        BLOCK,
+        LANES,
+        VECTOR,
+        True,
         "evict_last",
     )
     if grad_ptr is not None:
@@ -255,8 +258,9 @@ def _softmax_grad_kernel(
         p_factor = on_target + smooth * weight_sum + SCALE * (on_lse + 2.0 * square * (top + tl.log(total)))
         p_factor /= total
         tl.debug_barrier()  # every read of this row so far comes before any write to it
-        for start in tl.range(0, L, BLOCK):
-            cols = start + offs
+        # Backwards: what was read last is what the cache still has.
+        for back in tl.range(0, L, BLOCK):
+            cols = (L - 1) // BLOCK * BLOCK - back + offs
             a = tl.load(row_ptr + cols, mask=cols < L, other=0.0, eviction_policy="evict_first").to(tl.float32)
             a = tl.where(cols < V, a, 0.0)
             is_smoothed: tl.constexpr = smooth_factor_ptr is not None
@@ -282,50 +286,42 @@ def softmax_grad_triton(
     assert logits.stride(1) == 1, "logits must be dense along the classes"
     assert row_stride >= vocab, "rows of logits must not overlap"
     assert row_stride % ROW_MULTIPLE == 0, "rows of logits must be padded"
+    assert logits.data_ptr() % VECTOR_BYTES == 0, "rows of logits must be aligned"
     assert grad is None or (grad.data_ptr(), grad.stride()) == (logits.data_ptr(), logits.stride()), "same memory"
     assert target.dtype == torch.int64, "targets must be int64"
     vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]
     assert all(vector.is_contiguous() for vector in vectors), "one number a row, or a class, without gaps"
     assert all(vector.dtype == torch.float32 for vector in vectors[1:]), "the kernel computes in fp32"
-    block = min(MAX_BLOCK_BYTES // logits.element_size(), triton.next_power_of_2(row_stride))
-    with torch.cuda.device(logits.device.index if logits.is_cuda else -1):
-        _softmax_grad_kernel[(rows,)](
-            logits,
-            grad,
-            target,
-            class_weight,
-            None if class_weight is None else class_weight.sum(),
-            *losses,
-            *factors,
-            vocab,
-            row_stride,
-            NO_TARGET=NO_TARGET,
-            SCALE=float(options.scale),
-            SOFTCAP=float(options.softcap),
-            HAS_FACTORS=bool(factors.given()),
-            BLOCK=block,
-            num_warps=min(MAX_WARPS, max(4, block // 256)),
-        )
+    launch(
+        _softmax_grad_kernel,
+        (rows,),
+        logits,
+        grad,
+        target,
+        class_weight,
+        None if class_weight is None else class_weight.sum(),
+        *losses,
+        *factors,
+        vocab,
+        row_stride,
+        NO_TARGET=NO_TARGET,
+        SCALE=float(options.scale),
+        SOFTCAP=float(options.softcap),
+        HAS_FACTORS=bool(factors.given()),
+        **over_row(row_stride, logits.element_size(), options),
+    )
 
 
-@triton.jit
-def _scale_kernel(
-    x_ptr,  # [n], dense
-    scale_ptr,  # []
-    n,
-    BLOCK: tl.constexpr,
-):
-    scale = tl.load(scale_ptr).to(tl.float32)
-    if scale != 1.0:
-        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offs, mask=offs < n)
-        tl.store(x_ptr + offs, (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty), mask=offs < n)
+def over_row(length: int, itemsize: int, options: Logits) -> dict[str, Any]:
+    """Return the sizes with which to go over a row of `length` logits, and the launch options."""
+    vector = VECTOR_BYTES // itemsize
+    warps = min(WARPS, max(1, triton.next_power_of_2(length) // (32 * vector)))
+    return {"LANES": 32 * warps, "VECTOR": vector, "num_warps": warps, **fused(options)}
 
 
-def scale_triton_(x: Tensor, scale: Tensor) -> Tensor:
-    """Multiply a contiguous `x` in place by a 0-d `scale`; where that is 1, its memory is not touched."""
-    assert x.is_contiguous(), "the kernel walks over memory"
-    if x.numel():
-        with torch.cuda.device(x.device.index if x.is_cuda else -1):
-            _scale_kernel[(triton.cdiv(x.numel(), SCALE_BLOCK),)](x, scale, x.numel(), BLOCK=SCALE_BLOCK)
-    return x
+def fused(options: Logits) -> dict[str, bool]:
+    """Return the launch option by which z = scale * a and z - max z stay two operations.
+
+    As one they are more exact, but not of the same rounding as the maximum, which then is not itself any more.
+    """
+    return {"enable_fp_fusion": options.scale == 1.0 and options.softcap == 0.0}

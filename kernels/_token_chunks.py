@@ -1,9 +1,10 @@
 """The chunk loop of the head: which tokens, how many at a time, the three GEMMs, and the pass between them.
 
 Tokens whose loss has no weight cost nothing: the others are gathered, chunk by chunk, and their gradients scattered
-back. That takes one number on the host, how many there are. It travels by an asynchronous copy that the GPU makes as
-soon as it reaches the op; everything that does not depend on it is launched behind that copy, and only then does the
-host wait. So the GPU idles for a few launches at most, and the host loses its lead, which it wins back during the
+back. That takes one number on the host, how many there are. It travels by an asynchronous copy. In a compiled graph
+that is made as soon as the labels are there (`graphfuse.early`), long before the host asks for it. Elsewhere the GPU
+makes it when it reaches the op; everything that does not depend on it is launched behind that copy, and only then does
+the host wait: the GPU idles for a few launches at most, and the host loses its lead, which it wins back during the
 GEMMs. Where these are small, and while a CUDA graph is captured, all tokens go through and the pass skips the rows
 without weight.
 """
@@ -16,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._early import UNKNOWN, received, send
 from graphfuse.kernels._low_rank import LowRank
 from graphfuse.kernels._op import compute_dtype
+from graphfuse.kernels._rows import put_rows_
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
     ROW_MULTIPLE,
@@ -94,23 +97,31 @@ class Kept:
         order: (N,), the numbers of all tokens, those first, otherwise in order.
     """
 
-    def __init__(self, factors: Factors) -> None:
-        first, *others = (factor != 0 for factor in factors.given())
-        is_kept = first
-        for other in others:
-            is_kept = is_kept | other
-        self._count = count = is_kept.sum()
-        if is_kept.is_cuda:
-            self._count = torch.empty((), dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
-            self._is_known = torch.cuda.Event()
-            self._is_known.record()
-        self.order = is_kept.to(torch.uint8).argsort(descending=True, stable=True)
+    def __init__(self, factors: Factors, count: Tensor | None = None) -> None:
+        self._is_kept = _is_kept(factors)
+        self._count = send(self._is_kept.sum()) if count is None else count
+        self.order = self._is_kept.to(torch.uint8).argsort(descending=True, stable=True)
 
     def count(self) -> int:
         """Return how many they are: here the host waits."""
-        if self.order.is_cuda:
-            self._is_known.synchronize()
-        return int(self._count)
+        count = received(self._count)
+        return int(self._is_kept.sum()) if count is None else count
+
+
+def _is_kept(factors: Factors) -> Tensor:
+    first, *others = (factor != 0 for factor in factors.given())
+    for other in others:
+        first = first | other
+    return first
+
+
+def count_kept(factors: Factors, work: int | None) -> Tensor:
+    """Return how many tokens have a factor that is not 0, on its way to the host, or nothing if it will not be asked.
+
+    `work` is as in `keeps`; `None` if it is not known.
+    """
+    is_asked = keeps(factors, GPU_WORTH_A_WAIT if work is None else work, None)
+    return send(_is_kept(factors).sum()) if is_asked else torch.tensor(UNKNOWN)
 
 
 def keeps(factors: Factors, work: int, compact: bool | None) -> bool:
@@ -132,6 +143,7 @@ def run_chunks(
     grad_dtype: torch.dtype,
     *,
     use_triton: bool,
+    count: Tensor | None = None,  # what `count_kept` has found
 ) -> tuple[TokenLosses, tuple[Tensor, ...]]:
     """Return the tokens' losses, and the gradients, in `grad_dtype`, of their sum times `factors`.
 
@@ -143,7 +155,7 @@ def run_chunks(
     factors = Factors() if factors is None else factors.map(lambda f: f.to(compute).contiguous())
     class_weight = None if class_weight is None else class_weight.to(compute).contiguous()
     work = 2 * (1 + needs.hidden + needs.weight) * all_tokens * features * vocab
-    kept = Kept(factors) if keeps(factors, work, chunks.compact) else None
+    kept = Kept(factors, count) if keeps(factors, work, chunks.compact) else None
     target = target.contiguous() if kept is None else target[kept.order]
     factors = factors if kept is None else factors.map(lambda f: f[kept.order])
 
@@ -204,7 +216,7 @@ def run_chunks(
         elif needs.hidden and chosen is not None:
             own = x if x.dtype == grad_dtype else x.new_empty(x.shape, dtype=grad_dtype)
             matmul_into(own, grad, weight)
-            grad_hidden[chosen[rows]] = own
+            put_rows_(grad_hidden, chosen[rows], own)
 
     if kept is not None and chosen is not None:
         losses = losses.map(lambda found: found.new_zeros(all_tokens).index_copy_(0, chosen, found))

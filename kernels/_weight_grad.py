@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._softmax_grad import Factors
-from graphfuse.kernels._triton import HAS_TRITON, tl, triton
+from graphfuse.kernels._triton import HAS_TRITON, launch, tl, triton
 
 GRAD_TOP = 2.0**15  # what the largest possible gradient of a logit becomes
 FEATURE_TOP = 2.0**8  # what the largest value of a feature becomes
@@ -186,8 +186,16 @@ def convert_(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
     assert x.is_contiguous() or x.t().is_contiguous(), "the kernel walks over memory"
     step = 1 if x.is_contiguous() else x.shape[0]
     if x.numel():
-        with torch.cuda.device(x.device.index):
-            _convert_kernel[(triton.cdiv(x.numel(), CONVERT_BLOCK),)](
-                x, out, scale, x.numel(), step, scale.numel(), LARGEST=largest, BLOCK=CONVERT_BLOCK
-            )
+        launch(
+            _convert_kernel,
+            (triton.cdiv(x.numel(), CONVERT_BLOCK),),
+            x,
+            out,
+            scale,
+            x.numel(),
+            step,
+            scale.numel(),
+            LARGEST=largest,
+            BLOCK=CONVERT_BLOCK,
+        )
     return out

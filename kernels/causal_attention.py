@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from graphfuse.kernels import _op
+from graphfuse.kernels._sdpa_kernel import sdpa_kernel
+
 __all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle", "paths"]
 
 aten = torch.ops.aten
@@ -78,20 +81,6 @@ def _sum_groups(grad: Tensor, states: Tensor) -> Tensor:
     return grad.unflatten(1, (states.shape[1], -1)).sum(2) if grad.shape[1] != states.shape[1] else grad
 
 
-def _backend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> SDPBackend:
-    """PyTorch's kernel for this call.
-
-    It asks whether there will be a backward, which some kernels cannot do at every size, by asking the tensors.
-    """
-    grouped = query.shape[1] != key.shape[1]
-    with torch.enable_grad():
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        choice: int = torch._fused_sdp_choice(
-            query, key, value, mask, 0.0, mask is None, scale=scale, enable_gqa=grouped
-        )
-    return SDPBackend(choice)
-
-
 def _bias(mask: Tensor | None, query: Tensor, backend: SDPBackend) -> Tensor | None:
     """A mask as the fused kernels add it: in the dtype of the queries, with 4 dims.
 
@@ -131,11 +120,11 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
     """The kernel, and query, key, value and mask as it takes them: groups are for the causal kernels on GPUs."""
     if mask is not None:
         key, value = _repeat(key, query), _repeat(value, query)
-    backend = _backend(query, key, value, mask, scale)
+    backend = sdpa_kernel(query, key, value, mask, scale)
     knows_groups = query.is_cuda and backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
     if query.shape[1] != key.shape[1] and not knows_groups:
         key, value = _repeat(key, query), _repeat(value, query)
-        backend = _backend(query, key, value, mask, scale)
+        backend = sdpa_kernel(query, key, value, mask, scale)
     if backend == SDPBackend.CUDNN_ATTENTION:
         query, key, value = (_heads_within_tokens(states) for states in (query, key, value))
     return backend, query, key, value, _bias(mask, query, backend)
@@ -163,15 +152,23 @@ def _forward(
     if query.numel() == 0 or backend == SDPBackend.MATH:
         out, lse = causal_attention_reference(query, key, value, mask, is_causal, scale)
     elif not query.is_cuda:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
     elif backend == SDPBackend.FLASH_ATTENTION:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, scale=scale)
     elif backend == SDPBackend.CUDNN_ATTENTION:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(q, k, v, bias, True, 0.0, causal, scale=scale)
     else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal, scale=scale)
-    wanted_out, wanted_lse = _fake(query, key, value, mask, is_causal, scale, meta=True)
-    return _laid_out(out, wanted_out), _laid_out(lse.reshape(*lse.shape[:2], -1)[..., : query.shape[2]], wanted_lse)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(
+            q, k, v, bias, True, 0.0, causal, scale=scale
+        )
+    lse = lse.reshape(*lse.shape[:2], -1)[..., : query.shape[2]]
+    return _heads_within_tokens(out.to(query.dtype)), lse.contiguous().to(_lse_dtype(query))
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
@@ -182,13 +179,11 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float, *, meta: bool = False
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    device = torch.device("meta") if meta else query.device
     batch, heads, length, _ = query.shape
-    out = torch.empty((batch, length, heads, value.shape[-1]), dtype=query.dtype, device=device).transpose(1, 2)
-    compute = torch.promote_types(query.dtype, torch.float32)
-    return out, torch.empty((batch, heads, length), dtype=compute, device=device)
+    out = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
+    return out, query.new_empty((batch, heads, length), dtype=_lse_dtype(query))
 
 
 def _backward(
@@ -213,15 +208,15 @@ def _backward(
     if query.numel() == 0 or backend == SDPBackend.MATH:
         grads = _backward_reference(grad, seeing, key, value, allowed, lse, scale)
     elif not query.is_cuda:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
         )
     elif backend == SDPBackend.FLASH_ATTENTION:
-        grads = aten._scaled_dot_product_flash_attention_backward(
+        grads = aten._scaled_dot_product_flash_attention_backward.default(
             grad, q, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
         )
     elif backend == SDPBackend.CUDNN_ATTENTION:
-        grads = aten._scaled_dot_product_cudnn_attention_backward(
+        grads = aten._scaled_dot_product_cudnn_attention_backward.default(
             _heads_within_tokens(grad),
             q,
             k,
@@ -241,7 +236,7 @@ def _backward(
         )
     else:
         rows = torch.nn.functional.pad(lse, (0, -length % 32), value=torch.inf)
-        grads = aten._scaled_dot_product_efficient_attention_backward(
+        grads = aten._scaled_dot_product_efficient_attention_backward.default(
             grad, q, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
         )
     q_grad, k_grad, v_grad, *_ = grads
@@ -311,9 +306,9 @@ torch.library.define(
     "float scale) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-torch.library.impl("graphfuse::is_lower_triangle", "default", _looks)
-torch.library.impl("graphfuse::causal_attention", "default", _forward)
-torch.library.impl("graphfuse::causal_attention_backward", "default", _backward)
+_op.implement("is_lower_triangle", _looks)
+_op.implement("causal_attention", _forward)
+_op.implement("causal_attention_backward", _backward)
 torch.library.register_fake("graphfuse::causal_attention", _fake)
 torch.library.register_fake("graphfuse::causal_attention_backward", _fake_backward)
 
@@ -366,8 +361,12 @@ def causal_attention(
         (B, H, S, E), in the dtype of `query`.
 
     Raises:
+        TypeError: several dtypes.
         ValueError: not four dimensions, or heads that do not group.
     """
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"{name}: expected {query.dtype} as the queries, got {tensor.dtype}")
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(f"{name}: expected (B, heads, S, features), got shape {tuple(tensor.shape)}")

@@ -110,8 +110,8 @@ def _empty_numbers(logits: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor, ...
     return tuple(logits.new_empty(logits.shape[0] if want else 0, dtype=dtype) for want in (*wants, True, True))
 
 
-torch.library.impl("graphfuse::token_losses", "default", _forward)
-torch.library.impl("graphfuse::token_losses_backward", "default", _backward)
+_op.implement("token_losses", _forward)
+_op.implement("token_losses_backward", _backward)
 
 
 @torch.library.register_fake("graphfuse::token_losses")

@@ -114,9 +114,22 @@ def differentiate(
     return gate_grad, up_grad
 
 
-def differentiate_(grad: Tensor, gate: Tensor, up: Tensor, options: GluOptions, with_result: bool) -> Tensor:
-    """Write the gradients over gate and up; return what forward did, in dtype and layout of `grad`, or nothing."""
-    y = torch.empty_like(grad) if with_result else None
+def differentiate_(
+    grad: Tensor, weight: Tensor | None, gate: Tensor, up: Tensor, options: GluOptions, with_result: bool
+) -> Tensor:
+    """Write the gradients over gate and up; return what forward did, in the dtype of `grad`, or nothing.
+
+    Args:
+        grad: Shape of `gate`; with a weight (N, H), the gradient of what was multiplied with that.
+        weight: (H, D): `grad @ weight` is the gradient then, and what forward did is written over it.
+        gate: (..., D), N rows.
+        up: As `gate`.
+        options: Of forward.
+        with_result: Whether to return what forward did, in the layout of the gradient.
+    """
+    if weight is not None:
+        grad = torch.mm(grad, weight).view(gate.shape)
+    y = None if not with_result else torch.empty_like(grad) if weight is None else grad
     if _op.launches(grad, gate, up):
         glu_backward_triton_(grad, gate, up, gate, up, options, y)
     else:
@@ -142,7 +155,7 @@ torch.library.define(
 )
 torch.library.define(
     "graphfuse::glu_backward_",
-    "(Tensor grad, Tensor(a!) gate, Tensor(b!) up, str activation, float alpha, float gate_max, "
+    "(Tensor grad, Tensor? weight, Tensor(a!) gate, Tensor(b!) up, str activation, float alpha, float gate_max, "
     "float up_limit, float up_offset, bool with_result) -> Tensor",
     tags=_op.TAGS,
 )
@@ -187,6 +200,7 @@ def _backward(
 
 def _backward_in_place(
     grad: Tensor,
+    weight: Tensor | None,
     gate: Tensor,
     up: Tensor,
     activation: str,
@@ -196,12 +210,13 @@ def _backward_in_place(
     up_offset: float,
     with_result: bool,
 ) -> Tensor:
-    return differentiate_(grad, gate, up, GluOptions(activation, alpha, gate_max, up_limit, up_offset), with_result)
+    options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
+    return differentiate_(grad, weight, gate, up, options, with_result)
 
 
-torch.library.impl("graphfuse::glu", "default", _forward)
-torch.library.impl("graphfuse::glu_backward", "default", _backward)
-torch.library.impl("graphfuse::glu_backward_", "default", _backward_in_place)
+_op.implement("glu", _forward)
+_op.implement("glu_backward", _backward)
+_op.implement("glu_backward_", _backward_in_place)
 
 
 @torch.library.register_fake("graphfuse::glu")
@@ -215,8 +230,15 @@ def _(grad, gate, up, activation, alpha, gate_max, up_limit, up_offset):
 
 
 @torch.library.register_fake("graphfuse::glu_backward_")
-def _(grad, *others: Any):
-    return torch.empty_like(grad) if others[-1] else grad.new_empty(0)
+def _(grad, weight, gate, *others: Any):
+    return in_place_result(grad, weight, gate, others[-1])
+
+
+def in_place_result(grad: Tensor, weight: Tensor | None, like: Tensor, with_result: bool) -> Tensor:
+    """What `differentiate_` returns, unwritten; `like` has the shape of gate."""
+    if not with_result:
+        return grad.new_empty(0)
+    return torch.empty_like(grad) if weight is None else grad.new_empty(like.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

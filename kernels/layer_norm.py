@@ -32,7 +32,7 @@ from torch.nn import functional
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._layer_norm_kernel import layer_norm_backward_kernel, layer_norm_kernel, plan_backward
 from graphfuse.kernels._rms_norm_kernel import STAGES, NormOptions, num_sms, plan_forward
-from graphfuse.kernels._triton import triton
+from graphfuse.kernels._triton import launch, triton
 
 __all__ = ["layer_norm", "layer_norm_reference"]
 
@@ -93,26 +93,27 @@ def _launch_forward(
     if x.numel() == 0:
         return
     (x,), walk = _norm.walk_over((x,), y)
-    launch = plan_forward(x.shape[-1], walk.rows)
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        layer_norm_kernel[(triton.cdiv(walk.rows, launch.block_r),)](
-            x,
-            weight,
-            bias,
-            y,
-            *walk.strides,
-            0 if weight is None else weight.stride(0),
-            0 if bias is None else bias.stride(0),
-            walk.rows,
-            walk.n1,
-            walk.n2,
-            x.shape[-1],
-            *options,
-            NORMALIZED=_norm.rounding(normalized_dtype),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
-            num_warps=launch.num_warps,
-        )
+    plan = plan_forward(x.shape[-1], walk.rows)
+    launch(
+        layer_norm_kernel,
+        (triton.cdiv(walk.rows, plan.block_r),),
+        x,
+        weight,
+        bias,
+        y,
+        *walk.strides,
+        0 if weight is None else weight.stride(0),
+        0 if bias is None else bias.stride(0),
+        walk.rows,
+        walk.n1,
+        walk.n2,
+        x.shape[-1],
+        *options,
+        NORMALIZED=_norm.rounding(normalized_dtype),
+        BLOCK_R=plan.block_r,
+        BLOCK_D=plan.block_d,
+        num_warps=plan.num_warps,
+    )
 
 
 def _launch_backward(
@@ -133,34 +134,35 @@ def _launch_backward(
         return
     (grad, x), walk = _norm.walk_over((grad, x), x_grad)
     features = x.shape[-1]
-    launch = plan_backward(features, walk.rows)
-    tiles = triton.cdiv(walk.rows, launch.block_r)
-    num_programs = min(tiles, launch.per_sm * num_sms(x.device))
+    plan = plan_backward(features, walk.rows)
+    tiles = triton.cdiv(walk.rows, plan.block_r)
+    num_programs = min(tiles, plan.per_sm * num_sms(x.device))
     parts = [
         None if total is None else torch.empty(num_programs, features, dtype=torch.float32, device=x.device)
         for total in totals
     ]
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        layer_norm_backward_kernel[(num_programs,)](
-            grad,
-            x,
-            weight,
-            x_grad,
-            *parts,
-            *walk.strides,
-            0 if weight is None else weight.stride(0),
-            walk.rows,
-            walk.n1,
-            walk.n2,
-            features,
-            *options,
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
-            STAGES=STAGES,
-            num_warps=launch.num_warps,
-        )
-        for part, total in zip(parts, totals, strict=True):
-            _norm.add_parts_(part, total)
+    launch(
+        layer_norm_backward_kernel,
+        (num_programs,),
+        grad,
+        x,
+        weight,
+        x_grad,
+        *parts,
+        *walk.strides,
+        0 if weight is None else weight.stride(0),
+        walk.rows,
+        walk.n1,
+        walk.n2,
+        features,
+        *options,
+        BLOCK_R=plan.block_r,
+        BLOCK_D=plan.block_d,
+        STAGES=STAGES,
+        num_warps=plan.num_warps,
+    )
+    for part, total in zip(parts, totals, strict=True):
+        _norm.add_parts_(part, total)
 
 
 torch.library.define(
@@ -231,8 +233,8 @@ def _empty_gradients(
     return torch.empty_like(x), weight_grad, bias_grad
 
 
-torch.library.impl("graphfuse::layer_norm", "default", _forward)
-torch.library.impl("graphfuse::layer_norm_backward", "default", _backward)
+_op.implement("layer_norm", _forward)
+_op.implement("layer_norm_backward", _backward)
 
 
 @torch.library.register_fake("graphfuse::layer_norm")

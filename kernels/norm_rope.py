@@ -153,8 +153,8 @@ def _backward(
     return x_grad, weight_grad
 
 
-torch.library.impl("graphfuse::norm_rope", "default", _forward)
-torch.library.impl("graphfuse::norm_rope_backward", "default", _backward)
+_op.implement("norm_rope", _forward)
+_op.implement("norm_rope_backward", _backward)
 
 
 @torch.library.register_fake("graphfuse::norm_rope")

@@ -37,7 +37,7 @@ from graphfuse.kernels._rms_norm_kernel import (
     rms_norm_backward_kernel,
     rms_norm_kernel,
 )
-from graphfuse.kernels._triton import triton
+from graphfuse.kernels._triton import launch, triton
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
@@ -96,30 +96,31 @@ def launch_forward(
     x = inputs[0]
     x_strides, y_strides = walk.strides[0], walk.strides[-1]
     residual_strides = x_strides if residual is None else walk.strides[1]
-    launch = plan_forward(x.shape[-1], walk.rows)
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        rms_norm_kernel[(triton.cdiv(walk.rows, launch.block_r),)](
-            x,
-            weight,
-            None if residual is None else inputs[1],
-            total,
-            y,
-            x_strides,
-            residual_strides,
-            y_strides,  # a total has the layout of y
-            y_strides,
-            0 if weight is None else weight.stride(0),
-            walk.rows,
-            walk.n1,
-            walk.n2,
-            x.shape[-1],
-            *options,
-            NORMALIZED=_norm.rounding(normalized_dtype),
-            ROUNDED=_norm.rounding(rounded_dtype),
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
-            num_warps=launch.num_warps,
-        )
+    plan = plan_forward(x.shape[-1], walk.rows)
+    launch(
+        rms_norm_kernel,
+        (triton.cdiv(walk.rows, plan.block_r),),
+        x,
+        weight,
+        None if residual is None else inputs[1],
+        total,
+        y,
+        x_strides,
+        residual_strides,
+        y_strides,  # a total has the layout of y
+        y_strides,
+        0 if weight is None else weight.stride(0),
+        walk.rows,
+        walk.n1,
+        walk.n2,
+        x.shape[-1],
+        *options,
+        NORMALIZED=_norm.rounding(normalized_dtype),
+        ROUNDED=_norm.rounding(rounded_dtype),
+        BLOCK_R=plan.block_r,
+        BLOCK_D=plan.block_d,
+        num_warps=plan.num_warps,
+    )
 
 
 def launch_backward(
@@ -138,36 +139,37 @@ def launch_backward(
         return
     inputs, walk = walk_over((grad, x) if add is None else (grad, x, add), x_grad)
     features = x.shape[-1]
-    launch = plan_backward(features, walk.rows)
-    tiles = triton.cdiv(walk.rows, launch.block_r)
-    num_programs = min(tiles, launch.per_sm * num_sms(x.device))
+    plan = plan_backward(features, walk.rows)
+    tiles = triton.cdiv(walk.rows, plan.block_r)
+    num_programs = min(tiles, plan.per_sm * num_sms(x.device))
     parts = None
     if weight_grad is not None:
         parts = torch.empty(num_programs, features, dtype=torch.float32, device=x.device)
-    with torch.cuda.device(x.device.index if x.is_cuda else -1):
-        rms_norm_backward_kernel[(num_programs,)](
-            inputs[0],
-            inputs[1],
-            weight,
-            None if add is None else inputs[2],
-            x_grad,
-            parts,
-            walk.strides[0],
-            walk.strides[1],
-            walk.strides[-1 if add is None else 2],
-            walk.strides[-1],
-            0 if weight is None else weight.stride(0),
-            walk.rows,
-            walk.n1,
-            walk.n2,
-            features,
-            *options,
-            BLOCK_R=launch.block_r,
-            BLOCK_D=launch.block_d,
-            STAGES=STAGES,
-            num_warps=launch.num_warps,
-        )
-        _norm.add_parts_(parts, weight_grad)
+    launch(
+        rms_norm_backward_kernel,
+        (num_programs,),
+        inputs[0],
+        inputs[1],
+        weight,
+        None if add is None else inputs[2],
+        x_grad,
+        parts,
+        walk.strides[0],
+        walk.strides[1],
+        walk.strides[-1 if add is None else 2],
+        walk.strides[-1],
+        0 if weight is None else weight.stride(0),
+        walk.rows,
+        walk.n1,
+        walk.n2,
+        features,
+        *options,
+        BLOCK_R=plan.block_r,
+        BLOCK_D=plan.block_d,
+        STAGES=STAGES,
+        num_warps=plan.num_warps,
+    )
+    _norm.add_parts_(parts, weight_grad)
 
 
 torch.library.define(
@@ -225,8 +227,8 @@ def _backward(
     return x_grad, weight_grad
 
 
-torch.library.impl("graphfuse::rms_norm", "default", _forward)
-torch.library.impl("graphfuse::rms_norm_backward", "default", _backward)
+_op.implement("rms_norm", _forward)
+_op.implement("rms_norm_backward", _backward)
 
 
 @torch.library.register_fake("graphfuse::rms_norm")

@@ -139,8 +139,8 @@ def _backward(
     return rotate_(grad, cos, sin, x_grad, rotation)
 
 
-torch.library.impl("graphfuse::rope", "default", _forward)
-torch.library.impl("graphfuse::rope_backward", "default", _backward)
+_op.implement("rope", _forward)
+_op.implement("rope_backward", _backward)
 
 
 @torch.library.register_fake("graphfuse::rope")

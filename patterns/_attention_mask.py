@@ -60,8 +60,8 @@ def look(
         if math.prod(mask.shape) > LARGEST:
             reason = f"mask: expected at most {LARGEST} elements, got {math.prod(mask.shape)}"
             return Unfit(reason, "make the mask once for all sequences and heads, or give is_causal=True instead")
-    region = shadow.cone(masks, [])
-    leaves = [value for value in region if value.op is LEAF]
+    region = shadow.history(masks)
+    leaves = [value for value in region if value.op is LEAF and value.handed is None]
     is_static = all(isinstance(size, int) for value in region for size in value.tensor.shape)
     device = device_of(masks[0].tensor)
     names = tuple(leaf.node.name for leaf in leaves)

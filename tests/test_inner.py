@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.lowering import register_lowering
-from torch._inductor.utils import fresh_cache
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import graphfuse
 from graphfuse import inner
 from graphfuse.inner import JointPass, source_digest
+from graphfuse.testing import assert_no_worse
 
 
 @pytest.fixture
@@ -163,3 +164,29 @@ def test_messages_do_not_grow_with_every_layer():
 
     assert "target: graphfuse_tests.last.default" in message(1)
     assert len(message(4)) < 2 * len(message(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+def test_gradient_of_an_embedding(device, dtype):
+    table = torch.randn(50, 8, device=device, dtype=dtype, requires_grad=True)
+    tokens = torch.randint(50, (4, 300), device=device)
+
+    def embed(tokens, table):
+        return F.embedding(tokens, table, padding_idx=3)
+
+    with fresh_cache():
+        assert_no_worse(graphfuse.optimize(embed, strict=True), embed, (tokens, table))
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_generated_code_calls_ops_past_the_dispatcher(is_trained):
+    def norm(x, weight):
+        return F.rms_norm(x.sin(), (8,), weight, 1e-6).cos()
+
+    inputs = torch.randn(4, 8), torch.randn(8, requires_grad=is_trained)
+    with fresh_cache():
+        found, codes = run_and_get_code(graphfuse.optimize(norm, strict=True), *inputs)
+    torch.testing.assert_close(found, norm(*inputs))
+    assert codes
+    assert all("torch.ops.graphfuse.direct.rms_norm" in code for code in codes)
+    assert not any(".rms_norm.default(" in code for code in codes)

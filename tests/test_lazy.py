@@ -95,6 +95,10 @@ UNREAD = {
     "shifted in float": lambda z, y: F.cross_entropy(z[..., :-1, :].float().flatten(0, 1), y[..., 1:].flatten()),
     "classes second": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
     "classes second by permute": lambda z, y: F.cross_entropy(z.permute(0, 2, 1), y),
+    "in parts of tokens": lambda z, y: sum(
+        F.cross_entropy(part.flatten(0, 1), labels.flatten(), reduction="sum")
+        for part, labels in zip(torch.tensor_split(z, 3, dim=1), y.tensor_split([3, 5], dim=1), strict=True)
+    ),
     "module": lambda z, y: nn.CrossEntropyLoss(label_smoothing=0.1)(z.view(-1, V), y.view(-1)),
     "per token": lambda z, y: (F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none") * 0.5).sum(),
     "ignored": lambda z, y: F.cross_entropy(z.view(-1, V), y.masked_fill(y % 2 == 0, -100).view(-1)),

@@ -26,6 +26,12 @@ def unlikelihood(z, y):
     return -torch.log(torch.clamp(1.0 - z.log_softmax(-1).exp(), min=1e-5)).gather(-1, seen).sum(-1).mean()
 
 
+def margin(z, y):
+    """How far the best of all others is above the token that comes."""
+    picked = z.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return F.relu(1 - picked + z.scatter(-1, y.unsqueeze(-1), -torch.inf).amax(-1)).mean()
+
+
 def soft_targets(z, y):
     return F.one_hot(y, V) * 0.9 + 0.1 / V
 
@@ -81,6 +87,11 @@ USES = {
     "bias of classes": lambda z, y: F.cross_entropy((z + torch.linspace(-1, 1, V)).view(-1, V), y.view(-1)),
     "bias from the left": lambda z, y: (torch.linspace(1, 2, V)[None, None].double() - z).logsumexp(-1).mean(),
     "banned classes": lambda z, y: F.cross_entropy(z.masked_fill(torch.arange(V) < 9, -1e4)[0], y[0]),
+    "classes where": lambda z, y: torch.where(torch.arange(V) < 9, -1e4, z).logsumexp(-1).mean(),
+    "rows where": lambda z, y: torch.where((y % 2 == 0).unsqueeze(-1), z, 0.0).logsumexp(-1).mean(),
+    "margin": margin,
+    "without infinities": lambda z, y: F.cross_entropy(z.nan_to_num().mT, y),
+    "mean of chosen rows": lambda z, y: z[y % 2 == 0].mean() + z.float().clone().mean(),
     "rows of a range": lambda z, y: -z.log_softmax(-1)[0][range(S), y[0]].mean(),
     "rows of a list": lambda z, y: z[[0, 1], [2, 3]].logsumexp(-1).mean(),
     "rows of an array": lambda z, y: z[0][y[0].numpy() % S].logsumexp(-1).mean(),

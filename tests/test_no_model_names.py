@@ -24,7 +24,10 @@ FILES = sorted(
 )
 
 # Model types that are words of their own: nobody would think of the model first.
-ORDINARY = {"align", "bark", "beam", "bit", "bloom", "clip", "dots", "falcon", "funnel", "git", "led", "opt", "radio"}
+ORDINARY = {
+    *("align", "bark", "beam", "bit", "bloom", "clip", "codegen"),
+    *("dots", "falcon", "funnel", "git", "led", "opt", "radio"),
+}
 
 
 def code_words(text):

@@ -10,17 +10,17 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import graphfuse
-from graphfuse.kernels import _packed_glu, glu
+from graphfuse.kernels import _packed_glu, _scale, glu
 
 
 @pytest.fixture
 def written(monkeypatch):
-    """One entry for each gate that was differentiated in place: whether its product came out of it."""
+    """One entry for each gate differentiated in place: did its product come out, was its gradient made there."""
     calls = []
 
-    def differentiate_(grad, gate, up, options, with_result):
-        calls.append(with_result)
-        return original(grad, gate, up, options, with_result)
+    def differentiate_(grad, weight, gate, up, options, with_result):
+        calls.append((with_result, weight is not None))
+        return original(grad, weight, gate, up, options, with_result)
 
     original = glu.differentiate_
     for module in (glu, _packed_glu):
@@ -99,7 +99,25 @@ def check(model, memory="balanced"):
 @pytest.mark.parametrize(("memory", "with_result"), [("speed", False), ("balanced", True), ("min", True)])
 def test_writes_over_what_nobody_else_reads(written, packed, memory, with_result):
     check(Mlp(packed), memory)
-    assert written == [with_result] * 2
+    assert written == [(with_result, True)] * 2
+
+
+class GradientReadTwice(Mlp):
+    """What is subtracted from the product has a gradient of its own: the same one, negative."""
+
+    def __init__(self, packed):
+        super().__init__(packed)
+        self.offset = nn.Parameter(torch.zeros(96))
+
+    def forward(self, x):
+        gate, up = self.both(x)
+        return x + self.down(F.silu(gate) * up - self.offset)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_takes_a_gradient_that_somebody_else_reads_as_it_is(written, packed):
+    check(GradientReadTwice(packed))
+    assert written == [(True, False)] * 2
 
 
 @pytest.mark.parametrize("model", [ReadTwice, Returned, Shared, Checkpointed])
@@ -130,3 +148,33 @@ def test_leaves_the_order_of_other_graphs_to_inductor(written):
     check(Mlp())
     assert written
     assert torch._inductor.config.reorder_for_peak_memory == before
+
+
+class Head(nn.Module):
+    """The loss over a vocabulary: forward leaves the gradients behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.weight = nn.Parameter(torch.randn(50, 16)), nn.Parameter(torch.randn(50, 16))
+
+    def forward(self, tokens):
+        hidden = F.embedding(tokens, self.table)
+        logits = hidden @ self.weight.t()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(("scale", "keeps"), [(1.0, False), (0.25, False), (0.25, True)])
+def test_a_gradient_that_was_left_behind_is_multiplied_in_place(scale, keeps, monkeypatch):
+    """Unless it is to be there for another backward."""
+    scaled = []
+    scale_ = _scale.scale_
+    monkeypatch.setattr(_scale, "scale_", lambda x, number: scaled.append(tuple(x.shape)) or scale_(x, number))
+    tokens, model = torch.randint(50, (2, 9)), Head()
+    expected = torch.autograd.grad(model(tokens) * scale, [*model.parameters()])
+    with fresh_cache(), torch._functorch.config.patch(donated_buffer=not keeps):
+        loss = graphfuse.optimize(model, strict=True)(tokens) * scale
+        for _ in range(1 + keeps):
+            found = torch.autograd.grad(loss, [*model.parameters()], retain_graph=keeps)
+            torch.testing.assert_close(found, expected)
+    assert graphfuse.report(model).counts["linear_cross_entropy"] == 1
+    assert scaled == ([] if keeps else [(50, 16)])

@@ -52,6 +52,16 @@ def test_leaves_nothing_of_the_region(compiled_graph):
     assert report.sites[0].source.endswith(f"test_rewrite.py:{norm.__code__.co_firstlineno + 2}")
 
 
+def test_leaves_no_cast_that_does_nothing(compiled_graph):
+    """Such a node returns the tensor that it is given, and all that was computed for it would stay, too."""
+
+    def fn(x):
+        return x * torch.rsqrt(x.pow(2).to(x.dtype).mean(-1, keepdim=True).float() + 1e-5)
+
+    _, _, graph = compiled_graph(fn, torch.randn(3, D))
+    assert targets(graph) == ["graphfuse.rms_norm.default"]
+
+
 def test_leaves_what_others_read(compiled_graph):
     def fn(x):
         mean = x.pow(2).mean(-1, keepdim=True)

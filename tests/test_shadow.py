@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphfuse.match import is_last, narrows, number, scalar, strip, unrounded
 from graphfuse.replay import record
-from graphfuse.shadow import LEAF, hint
+from graphfuse.shadow import LEAF, hint, is_nested
 
 aten = torch.ops.aten
 
@@ -73,6 +73,52 @@ def test_leaves_autocast_as_it_was():
     assert ops(shadow_of(fn, torch.randn(4, 4))).count("aten._to_copy.default") >= 1
     assert not torch.is_autocast_enabled("cpu")
     assert torch.is_autocast_cache_enabled()
+
+
+def test_replays_a_checkpoint_in_the_modes_around_it():
+    def fn(x, w):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            return checkpoint(F.linear, x, w, use_reentrant=False)
+
+    (body,) = shadow_of(fn, torch.randn(3, 4), torch.randn(5, 4)).bodies
+    product = only(body, aten.mm.default)
+    assert product.dtype == torch.bfloat16
+    assert not product.grad_mode
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_knows_nothing_of_what_a_checkpoint_has_changed():
+    def write(x, mask):
+        mask[0, 1] = True
+        return x * 2
+
+    def f(x):
+        mask = torch.ones(4, 4, dtype=torch.bool).tril()
+        y = checkpoint(write, x, mask, use_reentrant=False)
+        return F.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+
+    x = torch.randn(1, 2, 4, 8, requires_grad=True)
+    compiled = torch.compile(f, backend="graphfuse", options={"inner": "eager", "strict": True})
+    torch.testing.assert_close(compiled(x), f(x))
+
+
+def test_leaves_out_a_region_that_runs_in_several_modes():
+    @torch.compiler.nested_compile_region
+    def region(x, w):
+        return F.linear(x, w)
+
+    def fn(x, w, dtypes):
+        for dtype in dtypes:
+            with torch.autocast("cpu", dtype):
+                x = region(x.float(), w)
+        return x
+
+    one, two = (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float16)
+    for dtypes, count in ((one, 1), (two, 0)):
+        torch._dynamo.reset()
+        shadow = shadow_of(fn, torch.randn(3, 4), torch.randn(4, 4), dtypes)
+        nested = [node for node in shadow.graph_module.graph.nodes if is_nested(node)]
+        assert (len(nested), len(shadow.bodies)) == (2, count)
 
 
 def test_gives_a_changed_tensor_a_new_value():

@@ -8,6 +8,7 @@ autograd history of the logits and takes no memory:
   multiplied, lazy or not: still nothing is computed (`functions`, `joins`);
 - a loss, log-probabilities, a divergence, an argmax over the vocabulary run over chunks of tokens, never over the whole
   (`losses`);
+- their gradient is not computed either, unless a hook, `retain_grad` or `autograd.grad` asks for it (`gradients`);
 - whatever else reads the values gets a plain tensor in its place, computed once, with its autograd history. From then
   on the lazy tensor is a name for that one, in-place changes included.
 
@@ -19,8 +20,9 @@ Every such materialisation is counted, by the line that caused it: `materialised
 
 from __future__ import annotations
 
-from graphfuse.lazy import comparisons, functions, joins, losses  # noqa: F401  (they fill the table)
+from graphfuse.lazy import comparisons, differentiation, functions, joins, losses  # noqa: F401  (they fill the table)
 from graphfuse.lazy import pointwise as pointwise  # after the others: it adds to what they do with tensors
+from graphfuse.lazy import stacks as stacks  # after `losses`: it adds to what reduces
 from graphfuse.lazy.formula import Formula, Part, Step, apply_formula
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, materialised
 

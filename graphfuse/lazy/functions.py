@@ -90,7 +90,16 @@ def _chooses(func: Any, dim_at: int, *, copies: bool = False) -> Function:
 
 for _name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "view_as", "reshape_as"):
     handles(_name)(_reshapes(getattr(Tensor, _name)))
-for _name, _at in {"select": 0, "narrow": 0, "split": 1, "chunk": 1, "unbind": 0, "split_with_sizes": 1}.items():
+_WHERE_DIM_IS = {
+    "select": 0,
+    "narrow": 0,
+    "split": 1,
+    "chunk": 1,
+    "unbind": 0,
+    "split_with_sizes": 1,
+    "tensor_split": 1,
+}
+for _name, _at in _WHERE_DIM_IS.items():
     handles(_name)(_chooses(getattr(Tensor, _name), _at))
 handles("index_select")(_chooses(Tensor.index_select, 0, copies=True))
 
@@ -201,6 +210,7 @@ def _permutes(func: Any) -> Function:
 
 for _name in ("transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis"):
     handles(_name)(_permutes(getattr(Tensor, _name)))
+FUNCTIONS[Tensor.mT.__get__] = _permutes(Tensor.mT.__get__)  # type: ignore[attr-defined]
 
 
 # --------------------------------------------------------------------------------- stays lazy: dtype, scale, softmax
@@ -350,20 +360,3 @@ def _like(func: Any) -> Function:
 
 for _name in (*_LIKE.split(), *_NEW.split()):
     handles(_name)(_like(getattr(torch, _name, None) or getattr(Tensor, _name)))
-
-
-# ------------------------------------------------------------------------------------------------ gradients of logits
-
-
-def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """A loss that was made of the hidden states does not know the logits."""
-    for tensor in inputs if isinstance(inputs, (tuple, list)) else (inputs,):
-        if isinstance(tensor, LazyLogits) and tensor.requires_grad and live_formula(tensor) is not None:
-            raise RuntimeError(
-                "inputs: expected tensors that the outputs were computed from, got logits that were not read before; "
-                "take the loss of `logits + 0`, or compile with lazy_logits=False"
-            )
-    return NotImplemented
-
-
-FUNCTIONS[torch.autograd.grad] = _gradients

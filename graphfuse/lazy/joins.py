@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphfuse.lazy.formula import Formula, Part
-from graphfuse.lazy.functions import applied, stand_in, stepped
+from graphfuse.lazy.functions import applied, is_last, stand_in, stepped
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
 from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
 
 
-def _formula(operand: Any, shape: torch.Size) -> Formula | None:
+def formula_of(operand: Any, shape: torch.Size) -> Formula | None:
     """How to compute the rows of an operand of lazy logits of this shape."""
     if isinstance(operand, LazyLogits):
         is_plain = operand.shape == shape and operand.source.order is None
@@ -60,7 +60,7 @@ def joins(func: Function) -> Function:
         operands = [operand for operand in (left, right) if isinstance(operand, Tensor)]
         if kwargs or len(operands) < 2 or not isinstance(like, LazyLogits) or like.source.order is not None:
             return NotImplemented
-        first, second = (_formula(operand, like.shape) for operand in operands)
+        first, second = (formula_of(operand, like.shape) for operand in operands)
         if _is_of_classes(left if like is right else right, like):
             return _with_classes(func, left, right)
         if first is None or second is None or any(o.dim() and o.device != like.device for o in operands):
@@ -97,6 +97,7 @@ handles("div", "divide", "true_divide", "__truediv__", "__div__")(_scales("div",
 handles("add", "__add__", "__radd__")(joins(torch.add))
 handles("sub", "subtract", "__sub__")(joins(torch.sub))
 handles("rsub", "__rsub__")(joins(torch.rsub))
+handles("logaddexp")(joins(torch.logaddexp))
 
 
 @handles("masked_fill")
@@ -104,6 +105,29 @@ def _masked_fill(tensor: Any, mask: Any, value: Any) -> Any:
     if isinstance(value, Tensor) or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return NotImplemented
     return joins(lambda a, b: a.masked_fill(b.to(torch.bool), value))(tensor, mask)
+
+
+@handles("where")
+def _where(condition: Any, tensor: Any, value: Any) -> Any:
+    if not isinstance(condition, Tensor) or isinstance(condition, LazyLogits) or condition.dtype != torch.bool:
+        return NotImplemented
+    tensor, mask, value = (value, condition, tensor) if isinstance(value, LazyLogits) else (tensor, ~condition, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return NotImplemented
+    return _masked_fill(tensor, mask, value)
+
+
+@handles("scatter")
+def _scatter(tensor: Any, dim: Any, index: Any, value: Any) -> Any:
+    """A number in some entries of each row."""
+    formula = live_formula(tensor)
+    if formula is None or tensor.source.order is not None or not is_last(tensor, dim) or tensor.dim() < 2:
+        return NotImplemented
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or index.shape[:-1] != tensor.shape[:-1]:
+        return NotImplemented
+    where = Formula.of([index.clone()], [Part(None)], ())  # it may change while nobody reads
+    written = formula.with_other(where, lambda rows, at: rows.scatter(-1, at, value))
+    return lazy(Source(written.then(("to", tensor.dtype))), stand_in(tensor))
 
 
 def _pairs(name: str, *, takes_batchmean: bool = False, **defaults: Any) -> Function:

@@ -17,7 +17,7 @@ from graphfuse import ops
 from graphfuse.lazy.formula import Formula, Step, apply_steps, version
 from graphfuse.lazy.functions import autocasts, is_last, log_softmax_of_rows
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
-from graphfuse.lazy.tensor import LazyLogits, live_formula
+from graphfuse.lazy.tensor import LazyLogits, Source, live_formula
 
 CHUNK_BYTES = 1 << 28  # of the float32 logits of one chunk, where no fused op does the work
 MAX_GATHERED = 8  # entries per row, above which whole rows of logits are cheaper than dot products
@@ -332,9 +332,11 @@ def _reduces(func: Any, dim_at: int = 0, default: int | None = None) -> Function
 
 
 def _is_read_once(tensor: Tensor, formula: Formula) -> bool:
-    """Whether it is something made of logits, or a copy without history: plain logits are likely to be read again."""
+    """Whether it is something made of logits, or a copy of them: logits with history are likely to be read again."""
     is_made = formula.join is not None or any(name == "apply" for name, _ in formula.steps)
-    return is_made or not tensor.requires_grad
+    source: Source = tensor.source  # type: ignore[attr-defined]
+    is_copy = source.parent is not None and not source.shares
+    return is_made or is_copy or not tensor.requires_grad
 
 
 def _of_all(of_rows: Function, func: Any, tensor: Tensor, dtype: torch.dtype | None = None) -> Any:

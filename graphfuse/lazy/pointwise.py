@@ -16,7 +16,7 @@ from torch import Tensor
 from graphfuse.lazy.functions import applied
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
 
-_MAPS = "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square abs absolute sign sigmoid relu"
+_MAPS = "exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal square abs absolute sign sigmoid relu nan_to_num"
 _TESTS = "isnan isinf isfinite"
 _WITH_NUMBER: dict[Any, tuple[str, ...]] = {
     torch.add: ("add", "__add__", "__radd__"),

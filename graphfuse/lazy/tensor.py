@@ -6,16 +6,17 @@ import copy
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphfuse.lazy.formula import Formula, version
+from graphfuse.lazy.gradients import Call, History, Known, Operand, Used
 from graphfuse.lazy.table import ABOUT_SHAPE, FUNCTIONS, turns, writes
 from graphfuse.match import VIEWS
 
@@ -27,7 +28,8 @@ materialised: Counter[str] = Counter()
 _HERE = Path(__file__).resolve().parent
 _SAME = {aten.detach.default, aten.alias.default}
 _GRAD: Any = vars(torch._C.TensorBase)["grad"].__get__
-_HOOKS = {Tensor.register_hook}  # FSDP hangs one on every output
+_OF_NODES = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
+_OF_NODES |= {_GRAD, vars(torch._C.TensorBase)["grad"].__set__, vars(torch._C.TensorBase)["retains_grad"].__get__}
 
 
 class Source:
@@ -39,6 +41,7 @@ class Source:
         parent: what this one was made from by `make`: a view (`shares`) or a copy.
         own: the plain tensor, once there is one.
         picked: entries that were computed without their rows, each with its version and the index it is from.
+        stack: of what was stacked, in which dimension, the formula with that dimension last, and the shape of one.
     """
 
     def __init__(
@@ -53,7 +56,11 @@ class Source:
         self.formula, self.order, self.parent, self.make, self.shares = formula, order, parent, make, shares
         self.own: Tensor | None = None
         self.own_version = 0
+        self.view: tuple[Tensor, Tensor] | None = None  # of the parent's plain tensor
+        self.history: History | None = None
+        self.owner: weakref.ref[LazyLogits] | None = None  # whose autograd node has that history
         self.picked: list[tuple[weakref.ref[Tensor], int | None, Tensor]] = []
+        self.stack: tuple[int, Formula, Tensor] | None = None
 
     @property
     def is_read(self) -> bool:
@@ -75,22 +82,40 @@ class Source:
         """
         parent, make = self.parent, self.make
         if parent is not None and make is not None and self.shares and (with_parent or parent.is_read):
-            return make(parent.tensor(with_parent=with_parent))
+            base = parent.tensor(with_parent=with_parent)
+            if self.view is None or self.view[0] is not base or not torch.is_grad_enabled():
+                view = make(base)
+                self.view = (base, view) if torch.is_grad_enabled() else None
+                return view
+            return self.view[1]
         if self.own is not None and (self.own.requires_grad or not self._wants_history()):
             return self.own
         assert self.formula is not None, "formula: expected one, as there are no values yet"
         changed = self.own if self.is_changed else None
-        if parent is not None and make is not None and parent.own is not None and not parent.is_changed:
+        of_parent = parent is not None and parent.own is not None and not parent.is_changed
+        if parent is not None and make is not None and of_parent:
             own = make(parent.tensor())
         else:
             materialised[_reader()] += 1
             own = self.formula.compute()
             own = own if self.order is None else own.permute(self.order)
+        owner = None if self.owner is None else self.owner()
+        if own.requires_grad and owner is not None and _is_ours(owner):
+            own = Known.apply(Operand(None, own, self.history), own, owner, not of_parent)  # type: ignore[no-untyped-call]
         if changed is not None:
             with torch.no_grad():
                 own.copy_(changed)
         self.own, self.own_version = own, version(own) or 0
         return own
+
+    def values(self) -> Tensor:
+        """The values as they were when the model ran, without history."""
+        if self.own is not None and not self.is_changed:
+            return self.own.detach()
+        assert self.formula is not None, "formula: expected one, as the values were written to"
+        materialised[_reader()] += 1
+        values = self.formula.detach().compute()
+        return values if self.order is None else values.permute(self.order)
 
     @property
     def is_changed(self) -> bool:
@@ -132,20 +157,15 @@ class LazyLogits(Tensor):
             if func in ABOUT_SHAPE:
                 return func(*args, **kwargs)
             compiling = torch.compiler.is_compiling()
-            if func == _GRAD and not (args[0].is_leaf and args[0].requires_grad):
-                if compiling or not args[0].source.is_read:
-                    return None
-            elif compiling or func == _GRAD:
+            if compiling or (func in _OF_NODES and not is_replaced(args[0])):
                 return func(*args, **kwargs)
-            if func in _HOOKS and not args[0].source.is_read:
-                return func(*args, **kwargs)  # from now on, values are read by way of this tensor's own history
             if func in FUNCTIONS:
                 try:
                     result = FUNCTIONS[func](*args, **kwargs)
                 except TypeError:  # arguments by names that nobody thought of here, or wrong ones, as torch will say
                     result = NotImplemented
                 if result is not NotImplemented:
-                    return result
+                    return _told(result, func, args, kwargs)
             if turns(func):
                 raise RuntimeError(
                     f"logits: expected no change of their shape in place, got {func.__name__}; "
@@ -225,15 +245,55 @@ def _known(values: Tensor) -> LazyLogits:
     return tensor
 
 
-def lazy(source: Source, like: Tensor | None = None) -> LazyLogits:
-    """The lazy tensor over `source`, differentiable; `like` has its shape and strides (contiguous without)."""
+def lazy(source: Source, like: Tensor | None = None, made: tuple[Call, int] | None = None) -> LazyLogits:
+    """The lazy tensor over `source`, differentiable.
+
+    Args:
+        source: where its values come from.
+        like: has its shape and strides; contiguous without.
+        made: the call that it is a result of, and which.
+    """
     formula = source.formula
     assert formula is not None, "formula: expected one to compute from"
     if like is None:
         like = formula.like()
         like = like if source.order is None else like.permute(source.order)
-    result: LazyLogits = _Attach.apply(source, like, *formula.tensors)  # type: ignore[no-untyped-call]
+    source.history = History(formula, source.order)
+    parents = [] if made is None else made[0].tensors
+    result: LazyLogits = _Attach.apply(source, like, made, *parents, *formula.tensors)  # type: ignore[no-untyped-call]
+    source.owner = weakref.ref(result)
     return result
+
+
+def _told(result: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of a call, with edges to the lazy operands, which are told of its gradient."""
+    if not torch.is_grad_enabled() or func is torch.autograd.grad or not isinstance(result, (Tensor, Iterable)):
+        return result
+    results = [result] if isinstance(result, Tensor) else list(result)
+    lazies = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyLogits)}
+    if not any(isinstance(each, Tensor) and each.requires_grad and id(each) not in lazies for each in results):
+        return result if not isinstance(result, Iterator) else iter(results)
+    call = Call(func, args, kwargs, _operand, LazyLogits)
+    if not call.tensors:
+        return result if not isinstance(result, Iterator) else iter(results)
+    for k, each in enumerate(results):
+        if not isinstance(each, Tensor) or not each.requires_grad or id(each) in lazies:
+            continue
+        if isinstance(each, LazyLogits):
+            results[k] = lazy(each.source, like=each, made=(call, k))
+        else:
+            results[k] = Used.apply(call, k, each, *call.tensors)  # type: ignore[no-untyped-call]
+            call.replace(each, results[k])
+    if isinstance(result, Tensor):
+        return results[0]
+    if isinstance(result, Iterator):
+        return iter(results)
+    cls: Any = type(result)
+    return cls(results)
+
+
+def _operand(tensor: LazyLogits) -> Operand:
+    return Operand(tensor.source, tensor, tensor.source.history if tensor.requires_grad and _is_ours(tensor) else None)
 
 
 def plain(tensor: LazyLogits, *, with_parent: bool = False) -> Tensor:
@@ -249,7 +309,8 @@ def plain(tensor: LazyLogits, *, with_parent: bool = False) -> Tensor:
 
 def _is_ours(tensor: LazyLogits) -> bool:
     """Whether the autograd history is that of the formula, and nothing else's: no hook waits for the gradient."""
-    return getattr(tensor.grad_fn, "source", None) is tensor.source and not tensor._backward_hooks
+    history = getattr(tensor.grad_fn, "history", None)
+    return history is not None and history is tensor.source.history and not tensor._backward_hooks
 
 
 class _Bridge(torch.autograd.Function):
@@ -281,26 +342,34 @@ def live_formula(tensor: Tensor, *, whole: bool = False) -> Formula | None:
     return formula if _is_ours(tensor) else None
 
 
+def is_replaced(tensor: LazyLogits) -> bool:
+    """Whether the plain tensor, which was written to or is a view, has the autograd node that counts."""
+    source = tensor.source
+    return source.is_changed or (source.own is None and source.is_read)
+
+
 class _Attach(torch.autograd.Function):
-    """Gives a lazy tensor the autograd history of its hidden states and weights, for whoever reads it from C++."""
+    """Gives a lazy tensor the autograd history of its hidden states and weights."""
 
     @staticmethod
-    def forward(ctx: Any, source: Source, like: Tensor, *tensors: Tensor) -> LazyLogits:
-        ctx.source = source
+    def forward(ctx: Any, source: Source, like: Tensor, made: tuple[Call, int] | None, *tensors: Tensor) -> LazyLogits:
+        ctx.history, ctx.made = source.history, made
         ctx.set_materialize_grads(False)
         return wrap(source, like=like)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[2:]
+        history: History = ctx.history
+        count = len(history.formula.tensors)
+        parents: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 3 - count)
         if grad is None:
-            return (None,) * (2 + len(wanted))
-        source: Source = ctx.source
-        assert source.formula is not None
-        formula = source.formula.detach()
-        needed = [t.requires_grad_() for t, need in zip(formula.tensors, wanted, strict=True) if need]
-        with torch.enable_grad():
-            output = formula.compute()
-            output = output if source.order is None else output.permute(source.order)
-        grads = iter(torch.autograd.grad(output, needed, grad))
-        return (None, None, *(next(grads) if need else None for need in wanted))
+            return (None, None, None, *parents, *[None] * count)
+        if torch.is_grad_enabled() and ctx.made is not None:
+            call, result = ctx.made
+            return (None, None, None, *call.differentiate(result, grad), *[None] * count)
+        owed, of_parents = history.settle(grad)
+        if ctx.made is not None:
+            call, result = ctx.made
+            parents = call.notes(result, of_parents)
+        wanted = ctx.needs_input_grad[-count:]
+        return (None, None, None, *parents, *history.gradients(owed, wanted))

@@ -46,6 +46,7 @@ class Hopper(DriverBase):
     def __init__(self) -> None:
         self.utils = self
         self.compiled: list[dict[str, Any]] = []
+        self.binaries: set[bytes] = set()
         self.launched: list[tuple[str, int]] = []  # each kernel, and the bytes of the tensors that it was given
 
     @classmethod
@@ -74,6 +75,7 @@ class Hopper(DriverBase):
         return {"max_shared_mem": SHARED_MEMORY}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        self.binaries.add(binary)
         resources = _resources(binary)
         self.compiled.append({"kernel": name, "shared": shared, **resources})
         return None, None, resources["registers"], resources["spilled"], 1024
@@ -90,6 +92,7 @@ class Hopper(DriverBase):
 
 def main() -> None:
     """Run every case of the benchmark, forward and backward, and print what was compiled for it."""
+    from graphfuse import ops
     from graphfuse.bench import cases
     from graphfuse.kernels import _norm_rope_launch, _op, _rms_norm_kernel, layer_norm, rms_norm
 
@@ -111,9 +114,20 @@ def main() -> None:
         torch.autograd.grad(results, inputs, [torch.empty_like(result) for result in results])
         if case.op == "glu silu":
             options = ("silu", 1.0, math.inf, math.inf, 0.0)
-            torch.ops.graphfuse.glu_backward_(results[0].detach(), *(t.detach() for t in inputs), *options, True)
+            torch.ops.graphfuse.glu_backward_(results[0].detach(), None, *(t.detach() for t in inputs), *options, True)
         row = {"case": f"{case.op} {case.size}", "launched": hopper.launched, "compiled": hopper.compiled}
         print(json.dumps(row), flush=True)
+    binaries: set[bytes] = set()
+    new = []
+    for tokens in (6, 64, 4096):  # a proof's, and two lengths
+        hopper.binaries.clear()
+        x, weight, table = (torch.empty(n, dtype=torch.bfloat16) for n in ((2, tokens, 8, 128), 1024, (1, tokens, 128)))
+        ops.rms_norm(x.flatten(2), weight)
+        ops.rope(x, table[:, :, None], table[:, :, None])
+        ops.glu(x, x)
+        new.append(len(hopper.binaries - binaries))
+        binaries |= hopper.binaries
+    print(json.dumps({"new for each number of tokens": new}))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def additive(mask, dtype=torch.float32):
 def backend(request, monkeypatch):
     """PyTorch's choice, or the fallback for what no fused kernel takes."""
     if request.param == "math":
-        monkeypatch.setattr(module, "_backend", lambda *args: torch.nn.attention.SDPBackend.MATH)
+        monkeypatch.setattr(module, "sdpa_kernel", lambda *args: torch.nn.attention.SDPBackend.MATH)
     return request.param
 
 
@@ -159,5 +159,7 @@ def test_says_what_it_expected(device):
     q, k, v = heads(device, heads=3, groups=2)
     with pytest.raises(ValueError, match=r"key: expected heads that divide those of the queries, got \(3, 2, 2\)"):
         causal_attention(q, k, v, TRIANGLE, torch.tensor(True))
+    with pytest.raises(TypeError, match=r"value: expected torch\.float32 as the queries, got"):
+        causal_attention(q, k, v.half(), TRIANGLE, torch.tensor(True))
     with pytest.raises(ValueError, match=r"query: expected \(B, heads, S, features\), got shape"):
         causal_attention(q[0], k, v, TRIANGLE, torch.tensor(True))

@@ -21,7 +21,8 @@ def test_compiles_for_hopper(tmp_path):
     command = [sys.executable, worker]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    *rows, tokens = [json.loads(line) for line in run.stdout.splitlines()]
+    assert tokens["new for each number of tokens"] == [3, 0, 0]
     assert len(rows) >= 15
     for row in rows:
         assert len(row["launched"]) >= 2, row["case"]  # forward and backward

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphfuse.kernels import _cross_entropy_kernel as kernels
-from graphfuse.kernels import _op
+from graphfuse.kernels import _op, _softmax_grad
 from graphfuse.kernels._loss import LossOptions, cross_entropy_reference
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.cross_entropy import cross_entropy
@@ -36,10 +36,10 @@ BOTH = pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "ev
 
 
 @pytest.fixture
-def blocks_of_64(monkeypatch):
-    """Rows that take several steps, and several programs."""
-    monkeypatch.setattr(kernels, "MAX_BLOCK_BYTES", 256)
-    monkeypatch.setattr(kernels, "GRAD_BLOCK_BYTES", 256)
+def small_blocks(monkeypatch):
+    """Rows that take several steps, of 128 fp32 classes, and several programs."""
+    monkeypatch.setattr(_softmax_grad, "WARPS", 1)
+    monkeypatch.setattr(kernels, "GRAD_BLOCK_BYTES", 512)
 
 
 def problem(device, dtype, options=PLAIN, tokens=TOKENS, vocab=VOCAB):
@@ -91,9 +91,9 @@ def test_reference_path_is_exact_in_float64(options, reduction, device):
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
 
 
-@pytest.mark.usefixtures("blocks_of_64")
+@pytest.mark.usefixtures("small_blocks")
 @BOTH
-@pytest.mark.parametrize("vocab", [2, 63, 64, 65, 257])
+@pytest.mark.parametrize("vocab", [2, 127, 128, 129, 513])
 def test_rows_of_any_length(vocab, options, path, device):
     inputs = problem(device, torch.float32, options, vocab=vocab)
     assert_no_worse(fused(options, "none"), eager(options, "none"), inputs, ulps=8)  # four terms that may cancel
@@ -108,14 +108,14 @@ def test_rows_of_any_length(vocab, options, path, device):
     st.sampled_from(["mean", "sum", "none"]),
     st.booleans(),
 )
-def test_any_layout(tokens, vocab, layout, kind, reduction, use_triton):
+def test_any_layout(device, tokens, vocab, layout, kind, reduction, use_triton):
     """Rows further apart than they are long, classes that are not neighbours, one row for all tokens."""
     options = KINDS[kind]
-    logits, target, class_weight = problem("cpu", torch.float32, options, tokens, vocab)
+    logits, target, class_weight = problem(device, torch.float32, options, tokens, vocab)
     target = target.clamp(max=vocab - 1)
     logits = logits.detach()
     if layout == "padded":
-        logits = torch.cat((logits, torch.full((tokens, 3), math.nan)), 1)[:, :vocab]
+        logits = torch.cat((logits, torch.full((tokens, 3), math.nan, device=device)), 1)[:, :vocab]
     elif layout == "turned":
         logits = logits.t().contiguous().t()
     elif layout == "expanded" and tokens:
@@ -197,14 +197,14 @@ def test_kernel_turns_a_target_out_of_range_into_nan(wrong, options, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
-@pytest.mark.usefixtures("blocks_of_64")
+@pytest.mark.usefixtures("small_blocks")
 @EVERY_REDUCTION
 def test_classes_of_minus_infinity(reduction, path, device):
     """Masked classes: a whole first block, a target, every class of a row."""
-    logits, target, _ = problem(device, torch.float32, vocab=150)
+    logits, target, _ = problem(device, torch.float32, vocab=300)
     with torch.no_grad():
-        logits[:, :70] = -math.inf
-    target[target != -100] = 90
+        logits[:, :130] = -math.inf
+    target[target != -100] = 190
     assert_no_worse(fused(PLAIN, reduction), eager(PLAIN, reduction), (logits, target, None))
     with torch.no_grad():
         logits[5] = -math.inf
@@ -255,3 +255,16 @@ def test_offsets_pass_two_to_the_31():
     assert torch.equal(losses, losses[:1].expand(rows))
     losses.sum().backward()
     assert torch.equal(logits.grad[-1], logits.grad[0])
+
+
+@pytest.mark.parametrize("stride", [513, 516, 521])
+@EVERY_DTYPE
+def test_rows_that_share_a_vector_of_a_load(stride, dtype, path, device):
+    """Rows of 513 begin anywhere in a load of 16 bytes, with those of the gradient or elsewhere in it."""
+    fn = fused(PLAIN, "none")
+
+    def in_wider_rows(logits, *others):
+        return fn(torch.nn.functional.pad(logits, (0, stride - 513), value=math.nan)[:, :513], *others)
+
+    inputs = problem(device, dtype, vocab=513)
+    assert_no_worse(in_wider_rows, eager(PLAIN, "none"), inputs)

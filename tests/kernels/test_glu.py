@@ -302,8 +302,9 @@ def test_packed_says_what_is_wrong(changed, error, message):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_result", [False, True])
 @pytest.mark.parametrize("options", [SILU, GPT_OSS], ids=["silu", "gpt-oss"])
+@pytest.mark.parametrize("is_product", [False, True], ids=["given", "product"])
 @pytest.mark.parametrize("layout", ["dense", "no matrix", *PACKINGS])
-def test_in_place(path, device, layout, options, with_result, dtype):
+def test_in_place(path, device, layout, is_product, options, with_result, dtype):
     """Gradients over gate and up, and forward's result, are those of the ops that allocate."""
     shape = (3, 5, 24)
     if layout in PACKINGS:
@@ -313,13 +314,18 @@ def test_in_place(path, device, layout, options, with_result, dtype):
         gate, up = (t.detach() for t in problem(device, shape, dtype))
     else:
         gate, up = (t.detach()[:, :5:2, :12].transpose(0, 1) for t in problem(device, (3, 6, 24), dtype))
-    grad = torch.randn(gate.shape, device=device).to(dtype)
+    grad, weight = torch.randn(gate.shape, device=device).to(dtype), None
+    given = grad
+    if is_product:
+        given = torch.randn(gate[..., 0].numel(), 8, device=device).to(dtype)
+        weight = torch.randn(8, gate.shape[-1], device=device).to(dtype)
+        grad = (given @ weight).view(gate.shape)
     product = torch.ops.graphfuse.glu(gate, up, *options, dtype)
     expected = torch.ops.graphfuse.glu_backward(grad, gate, up, *options)
     if layout in PACKINGS:
-        found = torch.ops.graphfuse.packed_glu_backward_(grad, packed, layout, *options, with_result)
+        found = torch.ops.graphfuse.packed_glu_backward_(given, weight, packed, layout, *options, with_result)
     else:
-        found = torch.ops.graphfuse.glu_backward_(grad, gate, up, *options, with_result)
+        found = torch.ops.graphfuse.glu_backward_(given, weight, gate, up, *options, with_result)
     torch.testing.assert_close((gate, up), expected, rtol=0, atol=0)
     if with_result:
         torch.testing.assert_close(found, product, rtol=0, atol=0)
@@ -328,9 +334,11 @@ def test_in_place(path, device, layout, options, with_result, dtype):
 
 
 @pytest.mark.parametrize("with_result", [False, True])
-def test_in_place_opcheck(device, with_result):
+@pytest.mark.parametrize("weight", [None, torch.randn(8, 8)], ids=["given", "product"])
+def test_in_place_opcheck(device, weight, with_result):
     grad, gate, up = torch.randn(3, 3, 8, device=device)
-    torch.library.opcheck(torch.ops.graphfuse.glu_backward_.default, (grad, gate, up, *SILU, with_result))
+    weight = None if weight is None else weight.to(device)
+    torch.library.opcheck(torch.ops.graphfuse.glu_backward_.default, (grad, weight, gate, up, *SILU, with_result))
     packed = torch.randn(3, 16, device=device)
-    args = (grad, packed, "gate first", *SILU, with_result)
+    args = (grad, weight, packed, "gate first", *SILU, with_result)
     torch.library.opcheck(torch.ops.graphfuse.packed_glu_backward_.default, args)

@@ -60,8 +60,14 @@ def test_no_worse_than_eager(options, reduction, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 def test_no_worse_than_eager_in_half(options, dtype, low_dtype, device):
-    """Eager rounds the second product by itself where it is as narrow. Over many tokens; of few, luck would decide."""
-    inputs = problem(device, dtype, low_dtype, tokens=2000)
+    """Eager rounds the second product by itself where it is as narrow.
+
+    Over many tokens, in chunks of many: of few, luck would decide. A GPU sums the chunks' gradients in half precision,
+    with an error that grows with the number of chunks. Beside a wide product eager keeps the logits wide, too, and the
+    op does not.
+    """
+    tokens, slack = 2000, 1.1 if low_dtype is None else 1.25
+    inputs = problem(device, dtype, low_dtype, tokens)
     exact = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
 
     def results(call, inputs):
@@ -69,10 +75,12 @@ def test_no_worse_than_eager_in_half(options, dtype, low_dtype, device):
         return losses.detach(), *torch.autograd.grad(losses.sum(), inputs[:5])
 
     truth = results(eager(options, "none"), exact)
-    theirs, mine = (results(make(options, "none"), inputs) for make in (eager, ours))
+    theirs, mine = (
+        results(call, inputs) for call in (eager(options, "none"), ours(options, "none", chunk_size=tokens // 8))
+    )
     for eager_, our, true in zip(theirs, mine, truth, strict=True):
         assert our.dtype == eager_.dtype
-        assert (our - true).norm() <= 1.1 * (eager_ - true).norm()
+        assert (our - true).norm() <= slack * (eager_ - true).norm()
 
 
 @pytest.mark.parametrize("compact", [True, False])

@@ -1,6 +1,8 @@
 """`verify`: what every pattern's test asks of a compiled function."""
 
 import contextlib
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +41,23 @@ def assert_equal_to_eager(compiled, fn, inputs):
 def agrees():
     """Compare results and gradients of a compiled function with eager's, for what is compiled once and called often."""
     return assert_equal_to_eager
+
+
+@pytest.fixture
+def counts_calls():
+    """Count the calls of graphfuse's ops, by name: from generated code, and through the dispatcher."""
+
+    @contextlib.contextmanager
+    def counting():
+        direct = torch.ops.graphfuse.direct
+        spies = {name: mock.Mock(wraps=function) for name, function in vars(direct).items()}
+        calls = Counter()
+        with mock.patch.multiple(direct, **spies), torch.profiler.profile() as profile:
+            yield calls
+        calls.update({name: spy.call_count for name, spy in spies.items()})
+        calls.update({event.key.removeprefix("graphfuse::"): event.count for event in profile.key_averages()})
+
+    return counting
 
 
 @pytest.fixture

@@ -42,8 +42,9 @@ def test_rewrites_what_a_head_would_be(spelling, dtype, verify):
     assert set(report.counts) == {"cross_entropy"}, report
 
 
+# A quarter of them: what symbols do to the losses themselves is seen where the head is rewritten with them.
 @pytest.mark.usefixtures("few_classes")
-@pytest.mark.parametrize("spelling", HEADS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spelling", HEADS[::4], ids=lambda f: f.__name__)
 def test_rewrites_with_dynamic_shapes(spelling, verify):
     report = verify(spelling, problem(), dynamic=True, inner="aot_eager", patterns=["cross_entropy"])
     assert set(report.counts) == {"cross_entropy"}, report

@@ -62,9 +62,7 @@ class GraphRecord:
 
         Some wrappers hide them from the backend, or show it others than the model has afterwards.
         """
-        if self.owner is not None or self.root is None:
-            return self.owner is None and not self.parameters
-        root = self.root()
+        root = None if self.owner is not None or self.root is None else self.root()
         if root is None:
             return False
         own = {id(parameter) for parameter in root.parameters()}

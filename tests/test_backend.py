@@ -187,6 +187,18 @@ def test_tells_graphs_without_parameters_apart():
     assert graphfuse.report(other).counts == {"rms_norm": 1, "glu": 1}
 
 
+def test_a_function_compiled_by_itself_is_of_no_model():
+    @torch.compile(backend="graphfuse", options={"inner": "eager"})
+    def norm(x, weight):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * weight
+
+    norm(torch.randn(3, D), torch.rand(D))
+    assert graphfuse.last_report().counts == {"rms_norm": 1}
+    model = graphfuse.optimize(Stack(1), inner="eager")
+    model(torch.randn(3, D))
+    assert graphfuse.report(model).counts == {"rms_norm": 1, "glu": 1}
+
+
 def test_forgets_a_graph_that_dynamo_abandons():
     """Dynamo may start over after the backend has returned, with the same compile id."""
     calls = []

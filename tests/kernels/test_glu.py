@@ -78,7 +78,8 @@ OPTIONS = [GPT_OSS, *[(name, *SILU[1:]) for name in ACTIVATIONS]]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_treats_extremes_as_eager_does(path, device, options):
+def test_treats_extremes_as_eager_does(path, device, options, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)  # its gelu of infinity is NaN on some CPUs
     extremes = torch.tensor(EXTREMES, device=device)
     ones = torch.ones_like(extremes)
     for inputs in ((extremes, ones), (ones, extremes)):

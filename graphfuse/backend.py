@@ -26,7 +26,7 @@ from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
-from graphfuse.kernels import _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
+from graphfuse.kernels import _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal

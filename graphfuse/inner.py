@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from graphfuse.config import Config
 from graphfuse.early import count_early
 from graphfuse.overwrite import name_of, overwrite
+from graphfuse.pairs import pair
 from graphfuse.sums import add_up_products
 
 
@@ -38,7 +39,7 @@ def compile_inner(graph_module: fx.GraphModule, example_inputs: Sequence[Any], c
         inductor = torch._inductor.config
         patches["joint_custom_pre_pass"] = JointPass(config.memory, inductor.joint_custom_pre_pass)
         # A captured backward does not write over what a captured forward left for it.
-        patches["post_grad_custom_post_pass"] = BackwardPass(not config.captures, inductor.post_grad_custom_post_pass)
+        patches["post_grad_custom_post_pass"] = PostGradPass(not config.captures, inductor.post_grad_custom_post_pass)
         patches.setdefault("reorder_for_peak_memory", inductor.reorder_for_peak_memory)  # set back after the pass
         with torch._functorch.config.patch(PARTITIONER[config.memory]), _decompositions():
             compiled: Any = compile_fx(graph_module, example_inputs, config_patches=patches)
@@ -163,15 +164,16 @@ class Pass(CustomGraphPass):
         return ("graphfuse", source_digest(), self.key, *theirs)
 
 
-class BackwardPass(Pass):
-    """Has backward add up products as they are made, and write over what only it still reads."""
+class PostGradPass(Pass):
+    """Rotates queries and keys in one launch; has backward add up products, and write over what only it still reads."""
 
     def __init__(self, overwrites: bool, user_passes: Any = None) -> None:
         super().__init__(user_passes)
         self.overwrites = overwrites
-        self.key = f"backward {overwrites}"
+        self.key = f"overwrites {overwrites}"
 
     def change(self, graph: fx.Graph) -> None:
+        pair(graph)
         if not (torch._inductor.config.max_autotune or torch._inductor.config.max_autotune_gemm):
             add_up_products(graph)  # Inductor times kernels for a product only where it sees one
         if self.overwrites and overwrite(graph):

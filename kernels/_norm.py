@@ -1,5 +1,5 @@
-"""What the norms of rows share around their kernels: roots, rounding, weights, the walk over rows, sums of parts."""
-# Shape letters: D = features of a row, P = programs of backward.
+"""What the norms of rows share around their kernels: roots, rounding, weights, the walk over rows."""
+# Shape letters: D = features of a row.
 
 from __future__ import annotations
 
@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._rms_norm_kernel import (
-    MAX_ROWS,
-    PARTS_BLOCK_D,
-    PARTS_BLOCK_P,
-    Walk,
-    add_parts_kernel,
-    plan_walk,
-)
-from graphfuse.kernels._triton import launch, tl, triton
+from graphfuse.kernels._rms_norm_kernel import MAX_ROWS, Walk, plan_walk
+from graphfuse.kernels._triton import tl
 
 MODES = ("inside", "outside", "clamp")
 
@@ -84,20 +77,3 @@ def walk_over(inputs: tuple[Tensor, ...], output: Tensor) -> tuple[tuple[Tensor,
         walk = plan_walk(output.shape, *(x.stride() for x in inputs), output.stride())
     assert walk is not None, "dense tensors of one layout have at most two leading dims"
     return inputs, walk
-
-
-def add_parts_(parts: Tensor | None, total: Tensor | None) -> None:  # (P, D), (D,)
-    """Launch the kernel that writes the sum of all parts, if there are any."""
-    if parts is None:
-        return
-    programs, features = parts.shape
-    launch(
-        add_parts_kernel,
-        (triton.cdiv(features, PARTS_BLOCK_D),),
-        parts,
-        total,
-        programs,
-        features,
-        BLOCK_P=PARTS_BLOCK_P,
-        BLOCK_D=PARTS_BLOCK_D,
-    )

@@ -1,15 +1,12 @@
-"""The kernels of `norm_rope`: the tiles of `rope`, with the norm of each head, or of all of them, in between.
-
-Backward launches as many programs as the GPU runs at once: each walks over tiles and sums up its part of the weight's
-gradient; the parts are added as for `rms_norm`.
-"""
+"""The kernel of `norm_rope`: the tiles of `rope`, with the norm of each head, or of all of them, in between."""
 # Shape letters: H = heads, N = tokens (all other leading dims), D = features of a head, P = pairs, T = width of a
-# table, G = programs of backward, W = features of the weight: D, or H * D if the norm is across heads.
+# table, W = features of the weight: D, or H * D if the norm is across heads.
 
 from __future__ import annotations
 
 from graphfuse.kernels._rms_norm_kernel import tl_rstd
 from graphfuse.kernels._rope_kernel import (
+    COUNTS,
     tl_load_pairs,
     tl_load_tables,
     tl_offsets,
@@ -43,15 +40,6 @@ def tl_total(values, ACROSS: tl.constexpr):
 
 
 @triton.jit
-def tl_part(values, ACROSS: tl.constexpr):
-    """Return what a tile adds to the weight's gradient."""
-    part = tl.sum(values, axis=0)
-    if not ACROSS:
-        part = tl.sum(part, axis=0)[None, :]
-    return part[None, :, :]
-
-
-@triton.jit
 def tl_scaled(y, scale, OFFSET: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr):
     """Return the norm's result of x * rstd, rounded where it rounds; `scale` is the weight or None."""
     if NORMALIZED is not None:
@@ -63,18 +51,19 @@ def tl_scaled(y, scale, OFFSET: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED:
     return y
 
 
-@triton.jit(do_not_specialize_on_alignment=["N", "N1", "N2", "H"])
-def norm_rope_kernel(
-    x_ptr,  # [N0, N1, N2, H, D]
-    weight_ptr,  # [W] or None, contiguous
-    cos_ptr,  # [N0, N1, N2, T]
-    sin_ptr,  # [N0, N1, N2, T]
-    y_ptr,  # [N0, N1, N2, H, D]
+@triton.jit
+def tl_norm_and_rotate(
+    tile,
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    y_ptr,
     x_strides,
     y_strides,
     cos_strides,
     sin_strides,
-    N,  # N0 * N1 * N2
+    N,
     N1,
     N2,
     H,
@@ -82,7 +71,7 @@ def norm_rope_kernel(
     D: tl.constexpr,
     START: tl.constexpr,
     P: tl.constexpr,
-    REST: tl.constexpr,  # first feature of those that are not rotated
+    REST: tl.constexpr,
     REST_END: tl.constexpr,
     LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr,
@@ -92,8 +81,8 @@ def norm_rope_kernel(
     GAIN: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
-    NORMALIZED: tl.constexpr,  # dtype to round to before the weight, or None
-    ROUNDED: tl.constexpr,  # dtype to round to before the rotation, or None
+    NORMALIZED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     ACROSS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -101,7 +90,8 @@ def norm_rope_kernel(
     BLOCK_REST: tl.constexpr,
     SPREAD: tl.constexpr,
 ):
-    token_mask, mask, place = tl_place(tl.program_id(0), N, N1, N2, H, BLOCK_N, BLOCK_H)
+    """Do what the kernel does with one tile."""
+    token_mask, mask, place = tl_place(tile, N, N1, N2, H, BLOCK_N, BLOCK_H)
     x_ptrs = x_ptr + tl_offsets(place, x_strides)
     y_ptrs = y_ptr + tl_offsets(place, y_strides)
     x_stride = x_strides[4]
@@ -149,29 +139,39 @@ def norm_rope_kernel(
         tl_store_rest(y_ptrs, y_stride, rest, mask, REST, REST_END, BLOCK_REST)
 
 
-@triton.jit(do_not_specialize_on_alignment=["N", "N1", "N2", "H"])
-def norm_rope_backward_kernel(
-    grad_ptr,  # [N0, N1, N2, H, D]
+@triton.jit(do_not_specialize_on_alignment=COUNTS)
+def norm_rope_kernel(
     x_ptr,  # [N0, N1, N2, H, D]
     weight_ptr,  # [W] or None, contiguous
     cos_ptr,  # [N0, N1, N2, T]
     sin_ptr,  # [N0, N1, N2, T]
-    x_grad_ptr,  # [N0, N1, N2, H, D]
-    parts_ptr,  # [G, W] or None
-    grad_strides,
+    y_ptr,  # [N0, N1, N2, H, D]
+    other_x_ptr,  # None, or what gets the same in the same launch, walked over in its own way
+    other_weight_ptr,
+    other_y_ptr,
     x_strides,
-    x_grad_strides,
+    y_strides,
     cos_strides,
     sin_strides,
-    N,
+    N,  # N0 * N1 * N2
     N1,
     N2,
     H,
+    other_x_strides,
+    other_y_strides,
+    other_cos_strides,
+    other_sin_strides,
+    OTHER_N,
+    OTHER_N1,
+    OTHER_N2,
+    OTHER_H,
+    TILES,  # of x; those of the other tensor follow
     W: tl.constexpr,
+    OTHER_W: tl.constexpr,
     D: tl.constexpr,
     START: tl.constexpr,
     P: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr,  # first feature of those that are not rotated
     REST_END: tl.constexpr,
     LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr,
@@ -181,106 +181,32 @@ def norm_rope_backward_kernel(
     GAIN: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
+    NORMALIZED: tl.constexpr,  # dtype to round to before the weight, or None
+    ROUNDED: tl.constexpr,  # dtype to round to before the rotation, or None
     ACROSS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    OTHER_BLOCK_N: tl.constexpr,
+    OTHER_BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     SPREAD: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    x_stride = x_strides[4]
-    grad_stride = grad_strides[4]
-    x_grad_stride = x_grad_strides[4]
-    start = tl.full((), START, tl.int64)
-    heads = tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
-    head_mask = heads < H
-    weight_heads = heads * D if ACROSS else heads * 0
-    if weight_ptr is not None:
-        # One scale for each element of the tile: in registers it stands where x does.
-        tile_heads = tl.broadcast_to(weight_heads, (BLOCK_N, BLOCK_H, 1))
-        weight_ptrs = weight_ptr + tile_heads
-        # Across heads, a tile has all of them; otherwise every lane has the same weight.
-        weight_mask = (tile_heads >= 0) & head_mask if ACROSS else tile_heads >= 0
-        scale_a, scale_b = tl_load_pairs(weight_ptrs + start, 1, weight_mask, P, LAYOUT, BLOCK_P)
-        scale_a += OFFSET
-        scale_b += OFFSET
-        if REST < REST_END:
-            scale = tl_load_rest(weight_ptrs, 1, weight_mask, REST, REST_END, BLOCK_REST) + OFFSET
-    if parts_ptr is not None:
-        part_a = tl.zeros((BLOCK_N, BLOCK_H, BLOCK_P), tl.float32)
-        part_b = tl.zeros((BLOCK_N, BLOCK_H, BLOCK_P), tl.float32)
-        if REST < REST_END:
-            part_rest = tl.zeros((BLOCK_N, BLOCK_H, BLOCK_REST), tl.float32)
-
-    num_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(H, BLOCK_H)
-    for tile in tl.range(program, num_tiles, tl.num_programs(0), num_stages=STAGES):
-        token_mask, mask, place = tl_place(tile, N, N1, N2, H, BLOCK_N, BLOCK_H)
-        grad_ptrs = grad_ptr + tl_offsets(place, grad_strides)
-        x_ptrs = x_ptr + tl_offsets(place, x_strides)
-        x_grad_ptrs = x_grad_ptr + tl_offsets(place, x_grad_strides)
-        p, q = tl_load_pairs(grad_ptrs + start * grad_stride, grad_stride, mask, P, OUT_LAYOUT, BLOCK_P)
-        a, b = tl_load_pairs(x_ptrs + start * x_stride, x_stride, mask, P, LAYOUT, BLOCK_P)
-        cos1, cos2, sin1, sin2 = tl_load_tables(
-            cos_ptr,
-            sin_ptr,
-            cos_strides,
-            sin_strides,
-            place,
-            mask if SPREAD else token_mask,
-            P,
-            TABLE,
-            REVERSE,
-            False,
-            BLOCK_P,
-            SPREAD,
-        )
-        # The gradients of what was rotated.
-        u = p * cos1 + q * sin2
-        v = q * cos2 - p * sin1
-
-        squares = tl_total(a * a + b * b, ACROSS)
-        if REST < REST_END:
-            rest = tl_load_rest(x_ptrs, x_stride, mask, REST, REST_END, BLOCK_REST)
-            rest_grad = tl_load_rest(grad_ptrs, grad_stride, mask, REST, REST_END, BLOCK_REST)
-            squares += tl_total(rest * rest, ACROSS)
-        exists = token_mask if ACROSS else mask
-        rstd, k = tl_rstd(tl.where(exists, squares / W, 1.0), EPS, GAIN, MODE)
-
-        if parts_ptr is not None:
-            part_a += u * (a * rstd)
-            part_b += v * (b * rstd)
-            if REST < REST_END:
-                part_rest += rest_grad * (rest * rstd)
-        if weight_ptr is not None:
-            u = u * scale_a
-            v = v * scale_b
-            if REST < REST_END:
-                rest_grad = rest_grad * scale
-        products = tl_total(u * a + v * b, ACROSS)
-        if REST < REST_END:
-            products += tl_total(rest_grad * rest, ACROSS)
-        slope = k * (products / W)
-        u = rstd * (u - a * slope)
-        v = rstd * (v - b * slope)
-        tl_store_pairs(x_grad_ptrs + start * x_grad_stride, x_grad_stride, u, v, mask, P, LAYOUT, BLOCK_P)
-        if REST < REST_END:
-            rest_grad = rstd * (rest_grad - rest * slope)
-            tl_store_rest(x_grad_ptrs, x_grad_stride, rest_grad, mask, REST, REST_END, BLOCK_REST)
-
-    if parts_ptr is not None:
-        part_ptrs = parts_ptr + program.to(tl.int64) * W
-        # Without ACROSS one row of weights is left.
-        part_mask = head_mask
-        if ACROSS:
-            part_ptrs += weight_heads
-        else:
-            part_ptrs += tl.zeros((1, 1, 1), tl.int64)
-            part_mask = tl.zeros((1, 1, 1), tl.int32) == 0
-        part_a = tl_part(part_a, ACROSS)
-        part_b = tl_part(part_b, ACROSS)
-        tl_store_pairs(part_ptrs + start, 1, part_a, part_b, part_mask, P, LAYOUT, BLOCK_P)
-        if REST < REST_END:
-            part_rest = tl_part(part_rest, ACROSS)
-            tl_store_rest(part_ptrs, 1, part_rest, part_mask, REST, REST_END, BLOCK_REST)
+    tile = tl.program_id(0)
+    if other_x_ptr is None or tile < TILES:
+        tl_norm_and_rotate(
+            tile, x_ptr, weight_ptr, cos_ptr, sin_ptr, y_ptr,
+            x_strides, y_strides, cos_strides, sin_strides, N, N1, N2, H,
+            W, D, START, P, REST, REST_END, LAYOUT, OUT_LAYOUT, TABLE, REVERSE,
+            EPS, GAIN, OFFSET, MODE, NORMALIZED, ROUNDED, ACROSS,
+            BLOCK_N, BLOCK_H, BLOCK_P, BLOCK_REST, SPREAD,
+        )  # fmt: skip
+    else:
+        tl_norm_and_rotate(
+            tile - TILES, other_x_ptr, other_weight_ptr, cos_ptr, sin_ptr, other_y_ptr,
+            other_x_strides, other_y_strides, other_cos_strides, other_sin_strides,
+            OTHER_N, OTHER_N1, OTHER_N2, OTHER_H,
+            OTHER_W, D, START, P, REST, REST_END, LAYOUT, OUT_LAYOUT, TABLE, REVERSE,
+            EPS, GAIN, OFFSET, MODE, NORMALIZED, ROUNDED, ACROSS,
+            OTHER_BLOCK_N, OTHER_BLOCK_H, BLOCK_P, BLOCK_REST, SPREAD,
+        )  # fmt: skip

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._norm import add_parts_
-from graphfuse.kernels._norm_rope_kernel import norm_rope_backward_kernel, norm_rope_kernel
+from graphfuse.kernels._norm_rope_backward_kernel import norm_rope_backward_kernel
+from graphfuse.kernels._norm_rope_kernel import norm_rope_kernel
+from graphfuse.kernels._parts import add_parts_
 from graphfuse.kernels._rms_norm_kernel import NormOptions, num_sms
-from graphfuse.kernels._rope_kernel import Rotation, Table, heads_per_program, plan_walk
+from graphfuse.kernels._rope_launch import Rotation, Table, heads_per_program, plan_walk
 from graphfuse.kernels._triton import launch, tl, triton
 
 # Elements of a program at most, 32 to a thread. Forward it has one token, whose entries of the tables all its heads
@@ -26,15 +28,17 @@ STAGES = 3  # backward loads the next tiles but one ahead
 class Launch(NamedTuple):
     """What follows from sizes, strides and options alone: computed once, since Python is slow."""
 
-    tiles: int
-    args: tuple[int | tuple[int, ...], ...]
+    tiles: tuple[int, ...]  # of each tensor
+    args: tuple[int | tuple[int, ...] | None, ...]
     constants: dict[str, Any]
+
+
+Tensors = tuple[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]], ...]  # shape, strides as the kernel takes them
 
 
 @lru_cache(maxsize=4096)
 def plan_launch(
-    shape: tuple[int, ...],
-    strides: tuple[tuple[int, ...], ...],  # of the tensors before the tables, as the kernel takes them, a dense last
+    tensors: Tensors,  # one, or two with as many features; of the strides those of a dense one last
     cos: Table,
     sin: Table,
     rotation: Rotation,
@@ -43,11 +47,7 @@ def plan_launch(
     backward: bool,
 ) -> Launch | None:
     """Lay heads and tokens out over programs; None if no walk or no program can hold them."""
-    head_dim = None if across < 0 else across
-    walk = plan_walk(shape, strides[::-1], cos, sin, head_dim)
-    if walk is None:
-        return None
-    features = shape[-1]
+    features = tensors[0][0][-1]
     pairs = rotation.features(cos[0][-1]) // 2
     start, stop = rotation.start, rotation.start + 2 * pairs
     if start > 0 and stop < features:
@@ -55,21 +55,38 @@ def plan_launch(
     rest, rest_end = (0, start) if start > 0 else (stop, features)
     block_p, block_rest = _power_of_two_above(pairs), _power_of_two_above(rest_end - rest)
     width = 2 * block_p + (block_rest if rest < rest_end else 0)
-    if head_dim is None:
-        block_h = heads_per_program(walk.heads, _power_of_two_below(TILE // width))
-    else:
-        if not fits_across(walk.heads, features, 2 * pairs):
+    walks, blocks_h = [], []
+    for shape, strides in tensors:
+        walk = plan_walk(shape, strides[::-1], cos, sin, None if across < 0 else across)
+        if walk is None:
             return None
-        block_h = _power_of_two_above(walk.heads)
-    room = TILE if backward else FEW
-    block_n = min(triton.next_power_of_2(walk.tokens), _power_of_two_below(room // (width * block_h)))
-    size = block_n * block_h * width
+        if across < 0:
+            block_h = heads_per_program(walk.heads, _power_of_two_below(TILE // width))
+        elif fits_across(walk.heads, features, 2 * pairs):
+            block_h = _power_of_two_above(walk.heads)
+        else:
+            return None
+        walks.append(walk)
+        blocks_h.append(block_h)
+    # Programs of the tensor with fewer heads have as much to do as those of the other, with as many threads.
+    room = TILE if backward else max(FEW, width * max(blocks_h))
+    args: list[Any] = []
+    blocks, tiles = [], []
+    for walk, block_h in zip(walks, blocks_h, strict=True):
+        block_n = min(triton.next_power_of_2(walk.tokens), _power_of_two_below(room // (width * block_h)))
+        blocks.append((block_n, block_h))
+        tiles.append(triton.cdiv(walk.tokens, block_n) * triton.cdiv(walk.heads, block_h))
+        args += (*walk.strides[::-1], *walk.tables, walk.tokens, *walk.inner, walk.heads)
+    is_pair = len(tensors) > 1
+    size = width * max(block_n * block_h for block_n, block_h in blocks)
     num_warps = _power_of_two_below(max(size // 1024, min(4, size // 512)))
+    widths = [features if across < 0 else features * walk.heads for walk in walks]
     return Launch(
-        tiles=triton.cdiv(walk.tokens, block_n) * triton.cdiv(walk.heads, block_h),
-        args=(*walk.strides[::-1], *walk.tables, walk.tokens, *walk.inner, walk.heads),
+        tiles=tuple(tiles),
+        args=tuple(args) if is_pair else (*args, *[None] * len(args)),
         constants={
-            "W": features if head_dim is None else features * walk.heads,
+            "W": widths[0],
+            "OTHER_W": widths[-1] if is_pair else None,
             "D": features,
             "START": start,
             "P": pairs,
@@ -83,9 +100,11 @@ def plan_launch(
             "GAIN": options.gain,
             "OFFSET": options.offset,
             "MODE": options.mode,
-            "ACROSS": head_dim is not None,
-            "BLOCK_N": block_n,
-            "BLOCK_H": block_h,
+            "ACROSS": across >= 0,
+            "BLOCK_N": blocks[0][0],
+            "BLOCK_H": blocks[0][1],
+            "OTHER_BLOCK_N": blocks[-1][0] if is_pair else None,
+            "OTHER_BLOCK_H": blocks[-1][1] if is_pair else None,
             "BLOCK_P": block_p,
             "BLOCK_REST": block_rest,
             "SPREAD": backward,
@@ -115,32 +134,59 @@ def _rounding(dtype: torch.dtype) -> Any:
     return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype)
 
 
+class Forward(NamedTuple):
+    """What `norm_rope` reads and writes for one tensor."""
+
+    x: Tensor
+    weight: Tensor | None
+    y: Tensor
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        return self.x.stride(), self.y.stride()
+
+
+class Backward(NamedTuple):
+    """What its backward reads and writes for one tensor."""
+
+    grad: Tensor
+    x: Tensor
+    weight: Tensor | None
+    x_grad: Tensor
+    weight_grad: Tensor | None  # None if it is not wanted
+
+    @property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        return self.grad.stride(), self.x.stride(), self.x_grad.stride()
+
+
 def norm_rope_triton_(
-    x: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Forward],
     cos: Tensor,
     sin: Tensor,
-    y: Tensor,
     options: NormOptions,
     dtypes: tuple[torch.dtype, torch.dtype],
     rotation: Rotation,
     across: int,
 ) -> bool:
-    """Launch the kernel, which writes `y`; False if it cannot walk over such strides."""
+    """Launch the kernel for one tensor, or for two with as many features; False if it cannot walk over such strides."""
+    shapes = tuple((each.x.shape, each.strides) for each in tensors)
     tables = ((cos.shape, cos.stride()), (sin.shape, sin.stride()))
-    strides = (x.stride(), y.stride())
-    plan = plan_launch(x.shape, strides, *tables, rotation, options, across, False)
+    plan = plan_launch(shapes, *tables, rotation, options, across, False)
     if plan is None:
         return False
+    (x, weight, y), *others = tensors
     launch(
         norm_rope_kernel,
-        (plan.tiles,),
+        (sum(plan.tiles),),
         x,
         weight,
         cos,
         sin,
         y,
+        *(others[0] if others else (None, None, None)),
         *plan.args,
+        plan.tiles[0] if others else None,
         **plan.constants,
         NORMALIZED=_rounding(dtypes[0]),
         ROUNDED=_rounding(dtypes[1]),
@@ -149,26 +195,26 @@ def norm_rope_triton_(
 
 
 def norm_rope_backward_triton_(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
+    tensors: Sequence[Backward],
     cos: Tensor,
     sin: Tensor,
-    x_grad: Tensor,
-    weight_grad: Tensor | None,
     options: NormOptions,
     rotation: Rotation,
     across: int,
 ) -> bool:
-    """Launch the kernels, which write `x_grad`, and `weight_grad` unless that is None; False as above."""
+    """Launch the kernels for one tensor or two, as above."""
+    shapes = tuple((each.x.shape, each.strides) for each in tensors)
     tables = ((cos.shape, cos.stride()), (sin.shape, sin.stride()))
-    strides = (grad.stride(), x.stride(), x_grad.stride())
-    plan = plan_launch(x.shape, strides, *tables, rotation, options, across, True)
+    plan = plan_launch(shapes, *tables, rotation, options, across, True)
     if plan is None:
         return False
-    num_programs = min(plan.tiles, PER_SM * num_sms(x.device))
-    width = plan.constants["W"]
-    parts = None if weight_grad is None else x.new_empty(num_programs, width, dtype=torch.float32)
+    num_programs = min(max(plan.tiles), PER_SM * num_sms(cos.device))
+    widths = (plan.constants["W"], plan.constants["OTHER_W"])
+    parts = [
+        None if each.weight_grad is None else each.x.new_empty(num_programs, width, dtype=torch.float32)
+        for each, width in zip(tensors, widths, strict=False)
+    ]
+    (grad, x, weight, x_grad, _), *others = tensors
     launch(
         norm_rope_backward_kernel,
         (num_programs,),
@@ -178,10 +224,11 @@ def norm_rope_backward_triton_(
         cos,
         sin,
         x_grad,
-        parts,
+        parts[0],
+        *((*others[0][:-1], parts[1]) if others else [None] * 5),
         *plan.args,
         **plan.constants,
         STAGES=STAGES,
     )
-    add_parts_(parts, weight_grad)
+    add_parts_(*((part, each.weight_grad) for each, part in zip(tensors, parts, strict=True)))
     return True

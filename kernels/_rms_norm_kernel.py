@@ -33,7 +33,6 @@ WIDE_BLOCK = 8192
 # Backward loads the rows of so many turns of its loop, less one, ahead.
 STAGES = 3
 # Of a program that adds parts: 128 bytes of a row, eight 16-byte loads of a thread at a time.
-PARTS_BLOCK_P, PARTS_BLOCK_D = 128, 32
 
 INTERPRETER_SMS = 3  # more than one, and not a power of two
 
@@ -317,25 +316,6 @@ def rms_norm_backward_kernel(
                 tl.store(x_grad_ptrs + cols * x_grad_strides[3], x_grad, mask=cols < D)
             # The next row's threads see this row's part.
             tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize_on_alignment=["P"])
-def add_parts_kernel(
-    parts_ptr,  # [P, D]
-    weight_grad_ptr,  # [D]
-    P,
-    D,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)
-    for first in range(0, P, BLOCK_P):
-        programs = first + tl.arange(0, BLOCK_P)[:, None]
-        part_ptrs = parts_ptr + programs.to(tl.int64) * D + cols
-        total += tl.load(part_ptrs, mask=(programs < P) & (cols < D), other=0.0)
-    weight_grad = tl.sum(total, axis=0)[None, :].to(weight_grad_ptr.dtype.element_ty)
-    tl.store(weight_grad_ptr + cols, weight_grad, mask=cols < D)
 
 
 class Walk(NamedTuple):

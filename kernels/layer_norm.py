@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._layer_norm_kernel import layer_norm_backward_kernel, layer_norm_kernel, plan_backward
+from graphfuse.kernels._parts import add_parts_
 from graphfuse.kernels._rms_norm_kernel import STAGES, NormOptions, num_sms, plan_forward
 from graphfuse.kernels._triton import launch, triton
 
@@ -161,8 +162,7 @@ def _launch_backward(
         STAGES=STAGES,
         num_warps=plan.num_warps,
     )
-    for part, total in zip(parts, totals, strict=True):
-        _norm.add_parts_(part, total)
+    add_parts_(*zip(parts, totals, strict=True))
 
 
 torch.library.define(

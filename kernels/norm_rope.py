@@ -21,9 +21,9 @@ from torch import Tensor
 
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._norm import empty_gradients
-from graphfuse.kernels._norm_rope_launch import norm_rope_backward_triton_, norm_rope_triton_
+from graphfuse.kernels._norm_rope_launch import Backward, Forward, norm_rope_backward_triton_, norm_rope_triton_
 from graphfuse.kernels._rms_norm_kernel import NormOptions
-from graphfuse.kernels._rope_kernel import Rotation
+from graphfuse.kernels._rope_launch import Rotation
 from graphfuse.kernels.rms_norm import differentiate, rms_norm_reference
 from graphfuse.kernels.rope import NO_GRADIENT, check_layouts, check_shapes, rope_reference, rotate
 
@@ -113,7 +113,7 @@ def _forward(
     dtypes = (normalized_dtype, rotated_dtype)
     if x.numel() > 0 and _op.launches(x, weight, cos, sin, out_dtype):
         plain = None if weight is None else weight.contiguous()
-        if norm_rope_triton_(x, plain, cos, sin, y, options, dtypes, rotation, across):
+        if norm_rope_triton_([Forward(x, plain, y)], cos, sin, options, dtypes, rotation, across):
             return y
     args: tuple[Any, ...] = (*options, *dtypes, *rotation[:5], across, out_dtype)
     return y.copy_(norm_rope_reference(x, weight, cos, sin, *args))
@@ -142,7 +142,8 @@ def _backward(
     wanted = weight_grad if weight is not None and need_weight else None
     if x.numel() > 0 and _op.launches(x, weight, cos, sin, grad):
         plain = None if weight is None else weight.contiguous()
-        if norm_rope_backward_triton_(grad, x, plain, cos, sin, x_grad, wanted, options, rotation, across):
+        each = Backward(grad, x, plain, x_grad, wanted)
+        if norm_rope_backward_triton_([each], cos, sin, options, rotation, across):
             return x_grad, weight_grad
     compute = _op.compute_dtype(x, weight, cos, sin, grad)
     turned = _rows(rotate(grad, cos, sin, rotation.transposed(), compute), across)

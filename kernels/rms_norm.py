@@ -28,6 +28,7 @@ from torch import Tensor
 
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._norm import empty_gradients, walk_over
+from graphfuse.kernels._parts import add_parts_
 from graphfuse.kernels._rms_norm_kernel import (
     STAGES,
     NormOptions,
@@ -169,7 +170,7 @@ def launch_backward(
         STAGES=STAGES,
         num_warps=plan.num_warps,
     )
-    _norm.add_parts_(parts, weight_grad)
+    add_parts_((parts, weight_grad))
 
 
 torch.library.define(

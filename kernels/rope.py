@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._rope_kernel import Rotation, rotate_triton_
+from graphfuse.kernels._rope_launch import Rotation, rotate_triton_
 
 __all__ = ["rope", "rope_reference"]
 

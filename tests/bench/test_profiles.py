@@ -25,7 +25,7 @@ from graphfuse.bench.profiles import by_category, category, of
             "void at::native::vectorized_elementwise_kernel<4, at::native::rsqrt_kernel_cuda(at::TensorIteratorBase&)>",
             "norm",
         ),
-        ("_rope_kernel", "rope"),
+        ("rope_kernel", "rope"),
         ("_triton_rope", "rope"),
         ("triton_poi_fused_add_cat_cos_mul_neg_sin_5", "rope"),
         ("_glu_backward_kernel", "gate"),

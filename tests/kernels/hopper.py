@@ -90,6 +90,24 @@ class Hopper(DriverBase):
         return launch
 
 
+def _rotate_pairs() -> None:
+    """Queries and keys, forward and backward: what a compiled graph makes of them."""
+    from graphfuse.kernels import _pairs
+
+    def heads(count: int) -> torch.Tensor:
+        return torch.empty(4, 4096, count * 128, dtype=torch.bfloat16).unflatten(-1, (count, 128)).transpose(1, 2)
+
+    q, k = heads(32), heads(8)
+    weight, table = torch.empty(128, dtype=torch.bfloat16), torch.empty(4, 1, 4096, 128, dtype=torch.bfloat16)
+    shared = (table, table, 1e-6, 1.0, 0.0, "inside")
+    rotation = ("half", "half", "half", False, 0)
+    _pairs._rope(q, k, table, table, *rotation, torch.bfloat16)
+    _pairs._rope_backward(q, q.stride(), k, k.stride(), table, table, *rotation, torch.bfloat16)
+    dtypes = (torch.bfloat16, torch.bfloat16)
+    _pairs._norm_rope(q, weight, k, weight, *shared, *dtypes, *rotation, -1, torch.bfloat16)
+    _pairs._norm_rope_backward(q, q, weight, k, k, weight, *shared, *rotation, -1, True)
+
+
 def main() -> None:
     """Run every case of the benchmark, forward and backward, and print what was compiled for it."""
     from graphfuse import ops
@@ -117,6 +135,10 @@ def main() -> None:
             torch.ops.graphfuse.glu_backward_(results[0].detach(), None, *(t.detach() for t in inputs), *options, True)
         row = {"case": f"{case.op} {case.size}", "launched": hopper.launched, "compiled": hopper.compiled}
         print(json.dumps(row), flush=True)
+    hopper.compiled.clear()
+    hopper.launched.clear()
+    _rotate_pairs()
+    print(json.dumps({"case": "pairs 4x4096x(32+8)x128", "launched": hopper.launched, "compiled": hopper.compiled}))
     binaries: set[bytes] = set()
     new = []
     for tokens in (6, 64, 4096):  # a proof's, and two lengths

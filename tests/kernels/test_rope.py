@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from graphfuse.kernels import _rope_kernel as kernel
+from graphfuse.kernels import _rope_launch as kernel
 from graphfuse.kernels import rope as module
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.rope import LAYOUTS, TABLES, rope, rope_reference

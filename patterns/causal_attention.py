@@ -17,15 +17,15 @@ Left alone: masks that are something else even so (sliding windows, biases that 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from graphfuse.kernels.causal_attention import paths
-from graphfuse.match import INDEXING, Match, Pattern, Refusal, Sampler, argument, number, short
+from graphfuse.match import Match, Pattern, Refusal, argument, number, short
 from graphfuse.patterns._attention_mask import Known, Unfit, as_mask, look, triangle
+from graphfuse.patterns._attention_states import before_repeat, samplers
 from graphfuse.shadow import Shadow, Value
 
 aten = torch.ops.aten
@@ -78,7 +78,7 @@ def _look(mask: Value, shadow: Shadow) -> Known | Unfit:
 
 def _match(value: Value, mask: Value, known: Known) -> Match:
     query, key, value_states = value.args[:3]
-    grouped = _grouped(key), _grouped(value_states)
+    grouped = before_repeat(key), before_repeat(value_states)
     takes_groups = bool(known.depends_on) or _takes_groups(query)
     is_grouped = False
     if takes_groups and grouped[0] is not None and grouped[1] is not None:
@@ -87,8 +87,7 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
     scale = number(argument(value, 6, "scale", value.kwargs.get("scale")))
     heads = "grouped, " if is_grouped else ""
     size = query.shape[-1] ** -0.5 if scale is None else scale
-    # Scores of everyday size: under a saturated softmax most gradients are next to 0, and errors of them say nothing.
-    states: dict[int, Sampler] = {0: partial(_states, scale=query.shape[-1] ** -0.5 / size), 1: _states, 2: _states}
+    states = samplers(query.shape[-1], size)
     lengths = frozenset(mask.shape[-1:])  # a mask of numbers may be as large as all else together
     if known.depends_on:
         return Match(
@@ -125,27 +124,6 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
 def _takes_groups(query: Value) -> bool:
     """Whether the fast kernels for this dtype take fewer heads of keys than of queries."""
     return query.tensor.device.type != "cuda" or (query.dtype in HALF and query.shape[-1] <= 256)
-
-
-def _grouped(states: Value) -> Value | None:
-    """The keys or values before every head was repeated for its group of queries, if that is what was done.
-
-    Not before a cast: the gradients of a group are then summed in the dtype that it narrows from.
-    """
-    batch, heads, length, width = states.shape
-    value = states
-    while value.op in INDEXING and isinstance(value.args[0], Value):
-        value = value.args[0]
-        fewer = value.tensor.dim() == 4 and value.shape[1] < heads and heads % value.shape[1] == 0
-        if fewer and (value.shape[0], *value.shape[2:]) == (batch, length, width):
-            return value
-    return None
-
-
-def _states(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator, *, scale: float = 1.0
-) -> Tensor:
-    return (scale * torch.randn(shape, generator=generator)).to(device=device, dtype=dtype)
 
 
 def _triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: torch.Generator) -> Tensor:

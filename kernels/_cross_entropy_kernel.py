@@ -225,10 +225,9 @@ def _token_losses_gradient_kernel(
         grad = tl_gradient(
             a,
             cols,
-            target,
+            tl.where(cols == target, on_target * SCALE, 0.0),
             tl.load(top_ptr + row),
             p_factor,
-            on_target * SCALE,
             smooth * SCALE,
             class_weight_ptr,
             V,

@@ -7,7 +7,23 @@ that is None is an option that is off.
 
 from __future__ import annotations
 
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import HAS_PTX, tl, triton
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tl_exp(x):
+    """Return exp(x), or 0 where that is below 1.2e-38, beside sums of at least 1.
+
+    Whole numbers of the smallest float, which `tl.exp` still tells apart, take it as many instructions as all else.
+    """
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:  # noqa: RET505 - decided when it is compiled
+        return tl.exp(x)
 
 
 @triton.jit
@@ -69,6 +85,56 @@ def tl_skip_losses(row, nll_ptr, smooth_ptr, lse_ptr):
 
 
 @triton.jit
+def tl_scan(
+    logits_ptr,
+    base,  # of a row whose first logit is `before` elements behind it
+    start,
+    before,
+    tops,
+    totals,
+    spreads,
+    pivot,
+    class_weight_ptr,
+    V,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    IS_ALIGNED: tl.constexpr,
+    IS_SMOOTHED: tl.constexpr,
+    EVICTION: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """Return what the lanes have read so far, and a vector each."""
+    firsts = tl.arange(0, LANES)[:, None] * VECTOR
+    places = start + firsts + tl.arange(0, VECTOR)[None, :]
+    cols = places - before
+    if IS_MASKED:
+        is_class = (cols >= 0) & (cols < V)
+        # Whole vectors, or none: what they hold of other rows is not used, and no allocation ends inside of one.
+        is_read = is_class
+        if IS_ALIGNED:
+            is_read = start + firsts < V + before
+        z = tl.load(logits_ptr + base + places, mask=is_read, other=0.0, eviction_policy=EVICTION).to(tl.float32)
+        z = tl_bend(tl.where(is_class, z, 0.0), SCALE, SOFTCAP)
+    else:
+        z = tl_bend(tl.load(logits_ptr + base + places, eviction_policy=EVICTION).to(tl.float32), SCALE, SOFTCAP)
+    if IS_SMOOTHED:
+        distance = z - pivot
+        if class_weight_ptr is not None:
+            distance *= tl.load(class_weight_ptr + cols, mask=(cols >= 0) & (cols < V), other=0.0)
+        if IS_MASKED:
+            distance = tl.where(is_class, distance, 0.0)
+        spreads += tl.sum(distance, 1)
+    if IS_MASKED:
+        z = tl.where(is_class, z, float("-inf"))
+    new_tops = tl.maximum(tops, tl.max(z, 1))
+    shifts = tl.where(new_tops == float("-inf"), 0.0, new_tops)
+    totals = totals * tl_exp(tops - shifts) + tl.sum(tl_exp(z - shifts[:, None]), 1)
+    return new_tops, totals, spreads
+
+
+@triton.jit
 def tl_losses(
     logits_ptr,  # [N, V], row stride L
     row,
@@ -105,30 +171,22 @@ def tl_losses(
     totals = tl.zeros((LANES,), tl.float32)
     spreads = tl.zeros((LANES,), tl.float32)  # sum_c w_c * (z_c - pivot)
     base, before = tl_vector_start(row * L, VECTOR, IS_ALIGNED)
-    firsts = tl.arange(0, LANES)[:, None] * VECTOR
-    vector = tl.arange(0, VECTOR)[None, :]
-    for start in tl.range(0, V + before, LANES * VECTOR):
-        cols = start + firsts + vector - before
-        is_class = (cols >= 0) & (cols < V)
-        # Whole vectors, or none: what they hold of other rows is not used, and no allocation ends inside of one.
-        is_read = is_class
-        if IS_ALIGNED:
-            is_read = start + firsts < V + before
-        z = tl.load(logits_ptr + base + (start + firsts + vector), mask=is_read, other=0.0, eviction_policy=EVICTION)
-        z = tl_bend(tl.where(is_class, z.to(tl.float32), 0.0), SCALE, SOFTCAP)
-        if smooth_ptr is not None:
-            distance = z - pivot
-            if class_weight_ptr is not None:
-                distance *= tl.load(class_weight_ptr + cols, mask=is_class, other=0.0)
-            spreads += tl.sum(tl.where(is_class, distance, 0.0), 1)
-        z = tl.where(is_class, z, float("-inf"))
-        new_tops = tl.maximum(tops, tl.max(z, 1))
-        shifts = tl.where(new_tops == float("-inf"), 0.0, new_tops)
-        totals = totals * tl.exp(tops - shifts) + tl.sum(tl.exp(z - shifts[:, None]), 1)
-        tops = new_tops
+    STEP: tl.constexpr = LANES * VECTOR
+    whole = (V + before) // STEP * STEP
+    # Most of a row takes no mask, which would be a third of the instructions; its ends do.
+    for start in tl.range(STEP, whole, STEP):
+        tops, totals, spreads = tl_scan(
+            logits_ptr, base, start, before, tops, totals, spreads, pivot, class_weight_ptr, V,
+            SCALE, SOFTCAP, LANES, VECTOR, IS_ALIGNED, smooth_ptr is not None, EVICTION, False,
+        )  # fmt: skip
+    for start in tl.range(0, V + before, tl.maximum(whole, STEP)):
+        tops, totals, spreads = tl_scan(
+            logits_ptr, base, start, before, tops, totals, spreads, pivot, class_weight_ptr, V,
+            SCALE, SOFTCAP, LANES, VECTOR, IS_ALIGNED, smooth_ptr is not None, EVICTION, True,
+        )  # fmt: skip
 
     top = tl.max(tops)
-    total = tl.sum(totals * tl.exp(tops - tl.where(top == float("-inf"), 0.0, top)))
+    total = tl.sum(totals * tl_exp(tops - tl.where(top == float("-inf"), 0.0, top)))
     spread = tl.sum(spreads)
     # Shifted form: log(total) - (at_target - top), never (top + log(total)) - at_target.
     log_total = tl.log(total)
@@ -154,10 +212,9 @@ def tl_on_target(on_target, target, V, NO_TARGET: tl.constexpr):
 def tl_gradient(
     a,
     cols,
-    target,
+    on_target,  # what is subtracted: 0 of all classes but the target
     top,
     p_factor,
-    on_target,
     smooth,
     class_weight_ptr,
     V,
@@ -170,13 +227,13 @@ def tl_gradient(
     if SOFTCAP != 0.0:
         bent = tl_tanh(z / SOFTCAP)
         z = SOFTCAP * bent
-    grad = tl.exp(z - top) * p_factor
+    grad = tl_exp(z - top) * p_factor
     if IS_SMOOTHED:
         uniform = smooth
         if class_weight_ptr is not None:
             uniform *= tl.load(class_weight_ptr + cols, mask=(cols >= 0) & (cols < V), other=0.0)
         grad -= uniform
-    grad = tl.where(cols == target, grad - on_target, grad)
+    grad -= on_target
     if SOFTCAP != 0.0:
         grad *= 1.0 - bent * bent
     return grad

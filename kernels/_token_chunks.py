@@ -174,8 +174,6 @@ def run_chunks(
         is_one = all_tokens <= (chunks.size or chunk_tokens(all_tokens, vocab, itemsize, on_cpu=on_cpu))
         sum_dtype = grad_dtype if is_one else compute
         grad_weight = weight_grad(weight, hidden, factors, class_weight, options.scale, sum_dtype, grad_dtype)
-    if isinstance(grad_weight, HalfSum):
-        factors = factors.map(grad_weight.scaled)
 
     low_rank = LowRank(low_hidden, low_weight, hidden.dtype, compute, (needs.low_hidden, needs.low_weight))
 
@@ -187,33 +185,26 @@ def run_chunks(
     losses = TokenLosses(*(hidden.new_empty(tokens, dtype=compute) if want else None for want in wanted))
     softmax_grad = softmax_grad_triton if use_triton else softmax_grad_reference
     buffer = hidden.new_empty(size, -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE)
-    in_half = isinstance(grad_weight, HalfSum)
     for start in range(0, tokens, size):
         rows = slice(start, min(start + size, tokens))
         places = rows if chosen is None else chosen[rows]
         x = hidden[places]
         chunk = buffer[: x.shape[0]]
-        grad = (chunk.view(torch.float16) if in_half else chunk)[:, :vocab] if any(needs) else None
+        grad = chunk[:, :vocab] if any(needs) else None
         logits = _linear_into(chunk[:, :vocab], x, weight, bias)
         low_rank.add_to(logits, places)
         at_rows = (losses.map(lambda found: found[rows]), factors.map(lambda f: f[rows]))  # noqa: B023 - called now
         softmax_grad(logits, grad, target[rows], class_weight, options, *at_rows)
         if grad is None:
             continue
-        # What of the result is not written yet, or what was gathered for this chunk, is room for a copy of x.
-        own = grad_hidden[rows] if needs.hidden and chosen is None else None
-        if isinstance(grad_weight, HalfSum):
-            grad_weight.add(grad, x, own if chosen is None else x)
-            if any(needs._replace(weight=False)):
-                grad = grad_weight.restored(chunk)[:, :vocab]
-        elif grad_weight is not None:
-            grad_weight.add(grad, x)
+        if grad_weight is not None:
+            grad_weight.add(grad, x, is_last=rows.stop == tokens)
         if needs.bias:
             grad_bias += grad.sum(0, dtype=compute)
         low_rank.add_grads(grad, places)
-        if own is not None:
-            matmul_into(own, grad, weight)
-        elif needs.hidden and chosen is not None:
+        if needs.hidden and chosen is None:
+            matmul_into(grad_hidden[rows], grad, weight)
+        elif needs.hidden and chosen is not None:  # what was gathered for this chunk is room for its gradient
             own = x if x.dtype == grad_dtype else x.new_empty(x.shape, dtype=grad_dtype)
             matmul_into(own, grad, weight)
             put_rows_(grad_hidden, chosen[rows], own)

@@ -18,6 +18,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:  # macOS, Windows: kernels are defined but never launched
@@ -26,7 +27,9 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched
     class _Missing:
         """Stands in for `triton` and `triton.language` so that kernel definitions still parse."""
 
-        constexpr = Any
+        @staticmethod
+        def constexpr(value: Any) -> Any:
+            return value
 
         def jit(self, fn: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
             return (lambda fn: fn) if fn is None else fn
@@ -34,9 +37,12 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError(f"triton: expected it to be installed to run a kernel, got no module ({name})")
 
-    triton = tl = _Missing()
+    triton = tl = TensorDescriptor = _Missing()
 
-__all__ = ["HAS_TRITON", "launch", "tl", "triton"]
+# Whether kernels may have instructions of NVIDIA's GPUs in them.
+HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None) if HAS_TRITON else False
+
+__all__ = ["HAS_PTX", "HAS_TRITON", "TensorDescriptor", "launch", "tl", "triton"]
 
 # What Triton compiled, by all that it compiles for: sizes, strides, dtypes, alignment, options. To call it takes 4 us,
 # and to have Triton find it again 15 to 20.
@@ -76,4 +82,6 @@ def _kind(argument: Any) -> Any:
     """Return what of an argument Triton compiles for."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, TensorDescriptor):
+        return argument.base.dtype, *argument.block_shape
     return argument

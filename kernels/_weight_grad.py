@@ -2,14 +2,10 @@
 
 A sum in bf16 is rounded once a chunk, and after 8 chunks is 1.4 to 2 times as far from the truth as a single product. A
 sum in fp32 takes as much memory again as all else together. So bf16 models sum in fp16: two bytes as well, but 11 bits
-of significand in the place of 8. Its narrow range is no matter as long as it is put to use. The gradient of the logits
-and each feature are scaled by powers of two so that their largest values, and the largest possible sum, just fit; both
-factors, and the sum, then keep all their bits over 28 octaves, and elements 38 octaves below the largest become 0. At
-the end the sum is turned into bf16 where it stands.
-
-cuBLAS wants both factors in fp16 for that. The pass over the logits writes their gradient so, in the memory of the bf16
-logits; it is turned into bf16 there for the product with the weight, once it has been added. The hidden states' fp16
-copy stands where their gradient is going to.
+of significand in the place of 8. Its narrow range is no matter as long as it is put to use. Each column is scaled by a
+power of two so that the largest possible sum just fits; it then keeps all its bits over 28 octaves, and elements 38
+octaves below the largest become 0. cuBLAS does not add a product of bf16 matrices to a sum in fp16, `_half_product.py`
+does; its last call leaves the result in bf16 where the sum stood.
 
 Relative error of the sum over 16384 tokens, over that of one product rounded once (simulated, logits in bf16):
 
@@ -39,17 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._half_product import ALIGNED, add_product
 from graphfuse.kernels._softmax_grad import Factors
-from graphfuse.kernels._triton import HAS_TRITON, launch, tl, triton
+from graphfuse.kernels._triton import HAS_TRITON
 
-GRAD_TOP = 2.0**15  # what the largest possible gradient of a logit becomes
-FEATURE_TOP = 2.0**8  # what the largest value of a feature becomes
-SUM_TOP = 2.0**15  # what the sum would become if all of them met
+SUM_TOP = 2.0**15  # what the sum would become if the largest gradients and features met in all tokens
 
 LARGEST_LSE = 1024.0  # a z-loss alone overflows at logits of twice this
-
-CONVERT_BLOCK = 4096
-CONVERT_ROWS = 1024  # of the matrix at a time, without Triton
 
 
 def weight_grad(
@@ -71,8 +63,9 @@ def weight_grad(
 
 
 def sums_in_half(weight: Tensor, grad_dtype: torch.dtype) -> bool:
-    """Whether memory is worth more than simplicity."""
-    return weight.is_cuda and grad_dtype == torch.bfloat16
+    """Whether memory is worth more than simplicity, and the kernel takes such a matrix."""
+    fits = weight.is_contiguous() and weight.shape[1] % ALIGNED == 0
+    return weight.is_cuda and HAS_TRITON and fits and weight.dtype == grad_dtype == torch.bfloat16
 
 
 class WideSum:
@@ -82,7 +75,7 @@ class WideSum:
         self.sum = torch.empty_like(weight, dtype=dtype)
         self.started = False
 
-    def add(self, grad: Tensor, x: Tensor) -> None:
+    def add(self, grad: Tensor, x: Tensor, *, is_last: bool) -> None:  # noqa: ARG002 - as the other one
         """Add the product of `grad`, (C, V), the gradient of a chunk of logits, and `x`, (C, H)."""
         matmul_into(self.sum, grad.t(), x, accumulate=self.started)
         self.started = True
@@ -103,39 +96,26 @@ class HalfSum:
 
     def __init__(self, weight: Tensor, hidden: Tensor, top: Tensor) -> None:
         self.sum = torch.empty_like(weight, dtype=torch.float16)
-        self.started = False
-        # Powers of two cost no bits.
-        self.from_grad = GRAD_TOP / power_of_two(top)
-        self.from_x = FEATURE_TOP / power_of_two(torch.linalg.vector_norm(hidden, float("inf"), dim=0).float())
-        self.alpha = SUM_TOP / (GRAD_TOP * FEATURE_TOP * 2.0 ** (hidden.shape[0] - 1).bit_length())
-        self.to_sum = 1.0 / (self.alpha * self.from_grad * self.from_x)
+        self.started = self.ended = False
+        # Powers of two cost no bits. One after the other: their product may be too large for fp32.
+        largest = torch.linalg.vector_norm(hidden, float("inf"), dim=0).float()
+        most = 2.0 ** (max(hidden.shape[0], 1) - 1).bit_length()
+        self.scale = SUM_TOP / most / power_of_two(top) / power_of_two(largest)
 
-    def scaled(self, factor: Tensor) -> Tensor:
-        """Return what must multiply the losses for their gradient to be scaled."""
-        return factor * self.from_grad
-
-    def add(self, grad: Tensor, x: Tensor, room: Tensor | None) -> None:
-        """Add the product of `grad`, (C, V), scaled and in fp16, and `x`, (C, H), bf16.
-
-        `room` is memory of the size of `x`, or `x` itself if it is of no more use.
-        """
-        half = torch.empty_like(x, dtype=torch.float16) if room is None else room.view(torch.float16)
-        if room is x:
-            convert_(x, torch.float16, self.from_x)
+    def add(self, grad: Tensor, x: Tensor, *, is_last: bool) -> None:
+        """Add the product of `grad`, (C, V), the gradient of a chunk of logits, and `x`, (C, H)."""
+        if x.is_cuda and HAS_TRITON:
+            add_product(self.sum, grad, x, self.scale, is_first=not self.started, is_last=is_last)
         else:
-            torch.mul(x, self.from_x, out=half)
-        torch.addmm(self.sum, grad.t(), half, beta=int(self.started), alpha=self.alpha, out=self.sum)
-        self.started = True
-
-    def restored(self, chunk: Tensor) -> Tensor:
-        """Turn a chunk, (C, L), from scaled fp16 back into bf16, in its memory."""
-        return convert_(chunk.view(torch.float16), torch.bfloat16, 1.0 / self.from_grad)
+            total = grad.float().t() @ x.float() * self.scale
+            total += self.sum if self.started else 0.0
+            (self.sum.view(x.dtype) if is_last else self.sum).copy_(total / self.scale if is_last else total)
+        self.started, self.ended = True, is_last
 
     def total(self) -> Tensor:
         """Return the sum in bf16, (V, H), in the memory of the fp16 one."""
-        if not self.started:
-            self.sum.zero_()
-        return convert_(self.sum, torch.bfloat16, self.to_sum)
+        total = self.sum.view(torch.bfloat16)
+        return total if self.ended else total.zero_()
 
 
 def power_of_two(x: Tensor) -> Tensor:
@@ -153,49 +133,3 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) 
         torch.addmm(out, a, b, out=out, **wider)
     else:
         torch.mm(a, b, out=out, **wider)
-
-
-@triton.jit
-def _convert_kernel(
-    x_ptr,  # [n], dense
-    y_ptr,  # [n], the same memory
-    scale_ptr,  # [COUNT], fp32
-    n,
-    STEP,  # elements between one scale and the next
-    COUNT,
-    LARGEST: tl.constexpr,  # of y
-    BLOCK: tl.constexpr,
-):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < n
-    scale = tl.load(scale_ptr + offs // STEP % COUNT, mask=mask, other=0.0)
-    y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale
-    y = tl.where(y > LARGEST, LARGEST, tl.where(y < -LARGEST, -LARGEST, y))  # NaN stays what it is
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def convert_(x: Tensor, dtype: torch.dtype, scale: Tensor) -> Tensor:
-    """Multiply a dense matrix by a 0-d scale, or one for each column, and leave it in its memory in another dtype."""
-    out = x.view(dtype)
-    largest = torch.finfo(dtype).max
-    if not (x.is_cuda and HAS_TRITON):
-        for start in range(0, x.shape[0], CONVERT_ROWS):
-            rows = slice(start, start + CONVERT_ROWS)
-            out[rows] = (x[rows].float() * scale).clamp(-largest, largest)
-        return out
-    assert x.is_contiguous() or x.t().is_contiguous(), "the kernel walks over memory"
-    step = 1 if x.is_contiguous() else x.shape[0]
-    if x.numel():
-        launch(
-            _convert_kernel,
-            (triton.cdiv(x.numel(), CONVERT_BLOCK),),
-            x,
-            out,
-            scale,
-            x.numel(),
-            step,
-            scale.numel(),
-            LARGEST=largest,
-            BLOCK=CONVERT_BLOCK,
-        )
-    return out

@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional
 
 from graphfuse.kernels import _weight_grad
-from graphfuse.kernels._weight_grad import HalfSum, WideSum, convert_
+from graphfuse.kernels._half_product import add_product
+from graphfuse.kernels._triton import HAS_TRITON
+from graphfuse.kernels._weight_grad import HalfSum, WideSum
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy
 
 TOKENS, FEATURES, VOCAB, CHUNK = 2048, 64, 500, 256
@@ -62,11 +64,8 @@ def test_sum_in_bf16_would_not_be(device):
         "wide": WideSum(weight, torch.float32),
         "bf16": WideSum(weight, torch.bfloat16),
     }.items():
-        for grad, x in chunks:
-            if name == "half":
-                total.add(total.scaled(grad.float()).half(), x, None)
-            else:
-                total.add(grad, x)
+        for index, (grad, x) in enumerate(chunks):
+            total.add(grad, x, is_last=index == len(chunks) - 1)
         errors[name] = error(total.total().bfloat16(), truth)
     assert errors["half"] <= 1.1 * errors["wide"]
     assert errors["bf16"] >= 1.5 * errors["wide"]
@@ -121,22 +120,35 @@ def test_half_sum_keeps_the_layout_of_the_weight(device):
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 3000])
-def test_converts_in_place(rows, turned, device):
-    x = torch.randn(rows, 24, device=device).bfloat16()
-    x = x.t().contiguous().t() if turned else x
-    scale = 2.0 ** torch.arange(-12, 12, device=device)
-    expected = (x.float() * scale).half()
-    found = convert_(x, torch.float16, scale)
-    assert found.data_ptr() == x.data_ptr()
-    assert torch.equal(found, expected)
-    again = convert_(found, torch.bfloat16, torch.tensor(0.25, device=device))
-    assert torch.equal(again, (expected.float() * 0.25).bfloat16())
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize(("tokens", "vocab", "features"), [(1, 8, 8), (70, 500, 64), (33, 130, 264), (64, 64, 512)])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_kernel_adds_products(tokens, vocab, features, chunks, device):
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16  # the interpreter multiplies bf16 as bit patterns
+    factors = [
+        (torch.randn(tokens, -(-vocab // 64) * 64, device=device)[:, :vocab].to(dtype), torch.randn(tokens, features))
+        for _ in range(chunks)
+    ]
+    factors = [(padded(grad), x.to(device, dtype)) for grad, x in factors]
+    scale = 2.0 ** torch.arange(features, device=device).remainder(5).sub(3)
+    total = torch.full((vocab, features), float("nan"), dtype=torch.float16, device=device)
+    for index, (grad, x) in enumerate(factors):
+        add_product(total, grad, x, scale, is_first=index == 0, is_last=index == chunks - 1)
+    truth = sum(grad.double().t() @ x.double() for grad, x in factors)
+    torch.testing.assert_close(total.view(dtype).double(), truth, rtol=2**-8, atol=2**-8 * float(truth.abs().max()))
 
 
-def test_conversion_saturates_but_keeps_nan(device):
-    x = torch.tensor([[3e38, -3e38, float("nan"), 1.0]], device=device).bfloat16()
-    found = convert_(x, torch.float16, torch.tensor(1.0, device=device))
-    assert found[0, :2].tolist() == [65504.0, -65504.0]
-    assert found[0, 2].isnan()
+def padded(x):
+    """The same numbers in rows that start at multiples of 16 bytes, as chunks of logits do."""
+    rows, width = x.shape
+    return x.new_full((rows, -(-width // 64) * 64), float("nan"))[:, :width].copy_(x)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_kernel_takes_rows_of_any_distance(device):
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    grad, wide = padded(torch.randn(20, 40, device=device).to(dtype)), torch.randn(20, 25, device=device).to(dtype)
+    scale, truth = torch.ones(24, device=device), grad.float().t() @ wide[:, 1:].float()
+    total = torch.empty(40, 24, dtype=torch.float16, device=device)
+    add_product(total, grad, wide[:, 1:], scale, is_first=True, is_last=True)
+    torch.testing.assert_close(total.view(dtype).float(), truth, rtol=2**-7, atol=2**-7)

@@ -200,7 +200,8 @@ def _milliseconds(run: Run, repeats: int) -> float:
         run()
         event.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(events))
+    times: list[float] = [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+    return statistics.median(times)
 
 
 def _file(name: str) -> Path | None:

@@ -32,13 +32,11 @@ def choose_kernel(states: States, *, is_causal: bool, trains: bool, **others: An
 def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool) -> Choice | None:
     """The arguments `causal_kernel` and `masked_kernel` of attention whose mask is looked at on every call."""
     query, key, value = states()
-    found = {
-        "causal": fastest(query, key, value, is_causal=True, trains=trains),
-        "masked": fastest(query, key, value, mask(), is_causal=False, trains=trains),
-    }
-    known = {way: times for way, times in found.items() if times is not None}
-    if not known:
+    causal = fastest(query, key, value, is_causal=True, trains=trains)
+    if causal is None:
         return None
+    found = {"causal": causal, "masked": fastest(query, key, value, mask(), is_causal=False, trains=trains)}
+    known = {way: times for way, times in found.items() if times is not None}
     params = {f"{way}_kernel": times.fastest if times is not None else "" for way, times in found.items()}
     ways = ", ".join(f"{way} by {NAMES[times.fastest]}" for way, times in known.items())
     return Choice(params, ways, "; ".join(f"{way}, {_told(times, trains)}" for way, times in known.items()))
@@ -47,6 +45,5 @@ def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool) 
 def _told(found: Times, trains: bool) -> str:
     times = sorted(found.milliseconds.items(), key=lambda item: item[1])
     measured = ", ".join(f"{NAMES[name]} {ms:.3g} ms" for name, ms in times)
-    return (
-        f"in PyTorch's {NAMES[found.fastest]}, measured {'forward and backward' if trains else 'forward'}: {measured}"
-    )
+    what = "forward and backward" if trains else "forward"
+    return f"in PyTorch's {NAMES[found.fastest]}, measured {what}: {measured}"

@@ -18,12 +18,14 @@ earlier calls, and products in float64 or of more than 256 features, for which t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphfuse.kernels.attention import attention, mask_of
 from graphfuse.kernels.causal_attention import MASKED, paths
@@ -247,17 +249,16 @@ class _Site:
         has_backward = trains(layout.output, *(source.value for source in layout.sources))
 
         def states() -> tuple[Tensor, Tensor, Tensor]:
-            found = [
-                arranged(source.value.tensor, plan, query)
-                for source, plan in zip(layout.sources, layout.plans, strict=True)
-            ]
+            read = zip(layout.sources, layout.plans, strict=True)
+            found = [arranged(source.value.tensor, plan, query) for source, plan in read]
             return found[0], found[1], found[2]
 
         def mask() -> Tensor:
-            parts = [
-                arranged(one.tensor, plan, query) for one, plan in zip(layout.masks, layout.mask_plans, strict=True)
-            ]
-            return mask_of(parts, tuple((step.kind, step.number) for step in self.found.masks), HIDDEN)
+            masks = zip(layout.masks, layout.mask_plans, strict=True)
+            parts = [arranged(one.tensor, plan, query) for one, plan in masks]
+            steps = [(step.kind, step.number) for step in self.found.masks]
+            with query.fake_mode if isinstance(query, FakeTensor) else nullcontext():
+                return mask_of(parts, steps, HIDDEN)
 
         if known.depends_on:
             return partial(choose_kernels, states, mask, trains=has_backward)

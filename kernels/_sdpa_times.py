@@ -65,6 +65,7 @@ def fastest(
     described = {
         "format": FORMAT,
         **_machine(query.device),
+        "flash": getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)(),  # activated by the user
         "dtype": str(query.dtype),
         "tensors": [[list(tensor.shape), list(tensor.stride())] for tensor in states],
         "mask": None if mask is None else [str(mask.dtype), list(mask.shape)],

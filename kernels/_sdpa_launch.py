@@ -102,9 +102,9 @@ def backward(
         )
     q_grad, k_grad, v_grad, *_ = grads
     return (
-        _laid_out(q_grad, query),
-        _laid_out(_sum_groups(k_grad, key), key),
-        _laid_out(_sum_groups(v_grad, value), value),
+        laid_out(q_grad, query),
+        laid_out(_sum_groups(k_grad, key), key),
+        laid_out(_sum_groups(v_grad, value), value),
     )
 
 
@@ -227,7 +227,7 @@ def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def _laid_out(grad: Tensor, of: Tensor) -> Tensor:
+def laid_out(grad: Tensor, of: Tensor) -> Tensor:
     """The gradient with the dtype and strides that the compiler was told."""
     like = torch.empty_like(of, device="meta")
     if grad.stride() == like.stride() and grad.dtype == like.dtype:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._sdpa_launch import attend, backward, fake_backward, fake_forward, forward, triangle
+from graphfuse.kernels._sdpa_launch import attend, backward, fake_backward, fake_forward, forward, laid_out, triangle
 
 __all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle", "paths"]
 
@@ -110,11 +110,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = bool(is_causal)
     allowed = None if causal else mask
+    seeing = query
     if (blind := _blind(query, allowed)) is not None:
-        query, allowed = _without(query, blind), _without(mask, blind)
+        seeing, allowed = _without(query, blind), _without(mask, blind)
     kernel = causal_kernel if causal else masked_kernel
-    q_grad, k_grad, v_grad = backward(grad, query, key, value, allowed, causal, out, lse, scale, kernel)
-    return _without(q_grad, blind), k_grad, v_grad
+    q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel)
+    return laid_out(_without(q_grad, blind), query), k_grad, v_grad
 
 
 def _fake_backward(

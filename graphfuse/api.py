@@ -49,7 +49,8 @@ def optimize(
         lazy_logits: return logits beside a fused loss as a tensor that is computed when it is read.
         memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
             norms, rotations and gates return), "min" (everything but matrix products and attention).
-        policy: "measured" leaves to Inductor what it was measured to compute faster, "always" rewrites that too.
+        policy: "measured" leaves to Inductor what it was measured to compute faster, and measures which attention
+            kernel is the fastest; "always" rewrites all sites, with the kernel that PyTorch chooses.
         strict: raise what goes wrong inside graphfuse instead of warning and compiling the graph as it was.
         verify: on the first batch, compare outputs and gradients with eager, print the figures, and raise if they
             differ by more than eager's own error in a wider dtype. Takes a copy of the model. Modules only.

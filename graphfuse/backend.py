@@ -31,7 +31,7 @@ from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
 from graphfuse.patterns import CATALOGUE
-from graphfuse.policy import left_to_inductor
+from graphfuse.policy import left_to_inductor, may_choose, settled
 from graphfuse.record import GraphRecord, keep
 from graphfuse.replay import record as record_shadow
 from graphfuse.reporting import Site
@@ -165,7 +165,8 @@ def rewrite_graph(
         shadow = record_shadow(graph_module, example_inputs)
     with shadow.without_guards():
         outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
-    taken = _rewrite_shadow(shadow, chosen, graph_record, config)
+    chooses = may_choose(graph_module, config)
+    taken = _rewrite_shadow(shadow, chosen, graph_record, config, chooses=chooses)
     with shadow.without_guards():
         plan = lazy_outputs.settle(outputs, shadow, taken)
     for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
@@ -175,7 +176,7 @@ def rewrite_graph(
 
 
 def _rewrite_shadow(
-    shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord, config: Config
+    shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord, config: Config, *, chooses: bool
 ) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
     decisions: list[Decision] = []
@@ -188,17 +189,20 @@ def _rewrite_shadow(
                 continue
             region = shadow.cone(found.outputs, found.inputs)
             if taken.isdisjoint(region):
+                refusal = _uncapturable(found, config) or left_to_inductor(found, config)
                 with _uncounted(pattern):
+                    with shadow.without_guards(), dynamo_timed("graphfuse.choose"):
+                        match = settled(found, shadow) if chooses and refusal is None else found
                     with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
-                        evidence = gather(found, shadow, pattern.why)
-                    refusal = _uncapturable(found, config) or left_to_inductor(found, config) or rewrite(found, shadow)
-                decide(decisions, refusal or found, region, evidence)
+                        evidence = gather(match, shadow, pattern.why)
+                    refusal = refusal or rewrite(match, shadow)
+                decide(decisions, refusal or match, region, evidence)
                 if refusal is None:
                     taken.update(region)
     for decision in decisions:
         graph_record.add(decision.found, decision.evidence, decision.others)
     for body in shadow.bodies:
-        _rewrite_shadow(body, patterns, graph_record, config)
+        _rewrite_shadow(body, patterns, graph_record, config, chooses=chooses)
     return taken
 
 

@@ -26,8 +26,9 @@ class Config:
         memory: what backward computes again instead of keeping it: "speed" (what Inductor would), "balanced" (also what
             graphfuse's norms, rotations and gates return), "min" (everything but matrix products and attention).
             Inductor only.
-        policy: "measured" leaves sites to Inductor that it was measured to compute faster (`costs.toml`), "always"
-            rewrites them too.
+        policy: "measured" leaves sites to Inductor that it was measured to compute faster (`costs.toml`), and measures
+            which of PyTorch's attention kernels is the fastest on this GPU; "always" rewrites all sites, and leaves
+            those kernels to PyTorch.
         strict: raise what goes wrong inside graphfuse; otherwise it warns, and compiles the graph as it was.
         mode: Inductor's mode ("default", "reduce-overhead", "max-autotune", ...).
         inner_options: options for Inductor itself, by the names of `torch._inductor.config`.

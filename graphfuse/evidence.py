@@ -82,6 +82,8 @@ def gather(match: Match, shadow: Shadow, why: str = "", *, is_skipped: bool = Fa
 
 def _where(match: Match) -> str:
     """Which implementation of an op runs on these tensors."""
+    if match.implementation:
+        return match.implementation
     device, dtype = match.anchor.tensor.device.type, match.anchor.dtype
     if dtype == torch.float64:
         return "in plain torch, as everything is float64"

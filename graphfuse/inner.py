@@ -125,7 +125,12 @@ PARTITIONER: dict[str, dict[str, bool]] = {
 RUN_ONCE = {"graphfuse::linear_cross_entropy"}
 
 # Attention by any kernel: as dear as a matrix product, though the partitioner does not know it of every one.
-ATTENTION = ("aten::_scaled_dot_product_", "graphfuse::causal_attention", "graphfuse::is_lower_triangle")
+ATTENTION = (
+    "aten::_scaled_dot_product_",
+    "graphfuse::attention",
+    "graphfuse::causal_attention",
+    "graphfuse::is_lower_triangle",
+)
 
 # One pass over what is saved anyway: cheaper to run again than to keep for backward. The partitioner knows only
 # torch's own ops and would save their results.

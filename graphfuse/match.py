@@ -18,6 +18,21 @@ aten = torch.ops.aten
 Sampler = Callable[[tuple[int, ...], torch.dtype, torch.device, torch.Generator], Tensor]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What measuring has decided about a match.
+
+    Attributes:
+        params: arguments of the replacement, in the place of those of the match.
+        variant: what was chosen, in a few words.
+        implementation: in which implementation the kernel runs then, and what was measured.
+    """
+
+    params: Mapping[str, Any]
+    variant: str
+    implementation: str
+
+
 @dataclass(frozen=True, eq=False)
 class Match:
     """A region of the shadow that one replacement stands for.
@@ -45,6 +60,9 @@ class Match:
         rounding: for people: in which dtype, and where that is rounded.
         frees: what the region keeps for backward and the replacement need not: "activations", "logits", or "" if
             that is not known.
+        choose: measures what only measuring can decide, such as which of several kernels runs at this size; `None`
+            where there is nothing to choose.
+        implementation: for people: in which implementation the kernel runs, if not in Triton.
         stored: an input that exists in memory for the replacement's sake alone: Inductor would compute it where the
             region reads it.
     """
@@ -65,6 +83,8 @@ class Match:
     formula: str = ""
     rounding: str = ""
     frees: Literal["activations", "logits", ""] = "activations"
+    choose: Callable[[], Choice | None] | None = None
+    implementation: str = ""
     stored: Value | None = None
 
     @property

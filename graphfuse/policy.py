@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import fx
+
+from graphfuse.certify import certify
 from graphfuse.config import Config
 from graphfuse.match import Match, Refusal
+from graphfuse.shadow import Shadow
 
 ALWAYS = 'policy="always" rewrites it nevertheless'
 COSTS = Path(__file__).with_name("costs.toml")
@@ -63,3 +68,26 @@ def left_to_inductor(match: Match, config: Config) -> Refusal | None:
             )
             return Refusal(match.pattern, match.anchor, reason, match.covers, ALWAYS)
     return None
+
+
+def may_choose(graph_module: fx.GraphModule, config: Config) -> bool:
+    """Whether measurements choose between kernels: not where the code does, by `torch.nn.attention.sdpa_kernel`."""
+    graphs = (module.graph for module in graph_module.modules() if isinstance(module, fx.GraphModule))
+    set_kernels = torch.nn.attention._sdpa_kernel  # what Dynamo makes of it
+    return config.policy == "measured" and not any(
+        graph.find_nodes(op="call_function", target=set_kernels) for graph in graphs
+    )
+
+
+def settled(match: Match, shadow: Shadow) -> Match:
+    """The match with what measuring chooses, if that is proved as well."""
+    choice = None if match.choose is None else match.choose()
+    if choice is None:
+        return match
+    chosen = replace(
+        match,
+        params={**match.params, **choice.params},
+        variant=f"{match.variant}, {choice.variant}",
+        implementation=choice.implementation,
+    )
+    return chosen if certify(chosen, shadow) is None else match

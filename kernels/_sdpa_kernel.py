@@ -6,39 +6,79 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
-# PyTorch's answers to which kernel it would take, and how many of them are kept: asking costs 12 us, twice a layer.
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+# The orders in which PyTorch itself tries them, by the numbers of SDPBackend: the second one where it prefers cuDNN's.
+OWN_ORDERS = ((1, 2, 0, 3), (3, 1, 2, 0))
+ALIGNMENT = 8  # features of a head; PyTorch pads others, above the kernels
+
+# Answers, and how many of them are kept: asking PyTorch costs 12 us, twice a layer.
 MAX_CALLS = 1024
 _backends: dict[tuple[Any, ...], SDPBackend] = {}
 
 
-def sdpa_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> SDPBackend:
-    """PyTorch's kernel for this call."""
+def sdpa_kernel(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, wanted: str = ""
+) -> SDPBackend:
+    """The kernel for this call: the one that is wanted, if it may and can take it; else PyTorch's own choice."""
     like = tuple((tensor.shape, tensor.stride()) for tensor in (query, key, value))
     masked = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
-    settings = (
-        torch._C._get_sdp_priority_order(),
+    call = (like, query.dtype, query.device, masked, is_causal, scale, wanted, _settings())
+    if call not in _backends:
+        if len(_backends) >= MAX_CALLS:
+            _backends.clear()
+        _backends[call] = _choose(query, key, value, mask, is_causal, scale, wanted)
+    return _backends[call]
+
+
+def may_choose() -> bool:
+    """Whether nobody has said which kernels to use: switched one off, set an order, or asked for equal bits.
+
+    `torch.nn.attention.sdpa_kernel` switches off all that it does not name.
+    """
+    order, is_deterministic, *enabled = _settings()
+    return order[:4] in OWN_ORDERS and not is_deterministic and all(enabled)
+
+
+def _settings() -> tuple[Any, ...]:
+    return (
+        tuple(torch._C._get_sdp_priority_order()),
+        torch.are_deterministic_algorithms_enabled(),
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_cudnn_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
-        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_overrideable_sdp_enabled(),
     )
-    call = (like, query.dtype, query.device, masked, scale, *map(repr, settings))
-    if call not in _backends:
-        if len(_backends) >= MAX_CALLS:
-            _backends.clear()
-        _backends[call] = _choose(query, key, value, mask, scale)
-    return _backends[call]
 
 
-def _choose(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> SDPBackend:
+def _choose(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, wanted: str
+) -> SDPBackend:
     """Ask PyTorch, which asks the tensors whether there will be a backward: some kernels cannot at every size."""
     grouped = query.shape[1] != key.shape[1]
     with torch.enable_grad():
         query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        choice: int = torch._fused_sdp_choice(
-            query, key, value, mask, 0.0, mask is None, scale=scale, enable_gqa=grouped
-        )
+        if wanted and may_choose() and _takes(wanted, query, key, value, mask, is_causal, grouped):
+            return KERNELS[wanted]
+        choice: int = torch._fused_sdp_choice(query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped)
     return SDPBackend(choice)
+
+
+def _takes(
+    name: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool
+) -> bool:
+    """What PyTorch says of one kernel."""
+    can_use = {
+        "flash": cuda.can_use_flash_attention,
+        "cudnn": cuda.can_use_cudnn_attention,
+        "efficient": cuda.can_use_efficient_attention,
+    }
+    is_aligned = query.shape[-1] % ALIGNMENT == 0 and value.shape[-1] % ALIGNMENT == 0
+    return is_aligned and can_use[name](cuda.SDPAParams(query, key, value, mask, 0.0, is_causal, grouped))

@@ -4,7 +4,7 @@
 
 Written as two matrix products and a softmax it keeps the scores and the weights, S x T numbers a head, for backward,
 and computes those too that a causal mask hides. `scaled_dot_product_attention` keeps neither; which of PyTorch's
-kernels runs is decided by PyTorch's own rules.
+kernels runs is decided by PyTorch's own rules, or by name.
 
 Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao 2023, https://arxiv.org/abs/2307.08691
 """
@@ -14,10 +14,14 @@ Source: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; Dao 2023, https:/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from graphfuse.kernels import _op
+from graphfuse.kernels._sdpa_launch import backward, fake_backward, fake_forward, forward
 
 __all__ = ["attention", "attention_reference", "mask_of"]
 
@@ -45,10 +49,11 @@ def attention(
     key: Tensor,
     value: Tensor,
     *,
-    scale: float,
+    scale: float | None,
     is_causal: bool = False,
     is_grouped: bool = False,
     takes_groups: bool = True,
+    kernel: str = "",
 ) -> Tensor:
     """Attention of every query to every key, or to those up to its own position.
 
@@ -56,10 +61,11 @@ def attention(
         query: (B, H, S, D), fp16, bf16, fp32 or fp64.
         key: (B, G, T, D), H a multiple of G; head h of the queries sees head h * G // H.
         value: (B, G, T, E).
-        scale: of the scores.
+        scale: of the scores; `None`, where no kernel is named, is 1 / sqrt(D).
         is_causal: whether position s sees no more than keys 0 to s.
         is_grouped: whether G is not H.
-        takes_groups: whether the kernel takes fewer heads of keys than of queries; else they are repeated.
+        takes_groups: whether PyTorch's choice takes fewer heads of keys than of queries; else they are repeated.
+        kernel: "flash", "cudnn" or "efficient", where that one takes the call and may; or PyTorch's choice.
 
     Returns:
         (B, H, S, E), in the dtype of `query`.
@@ -67,12 +73,89 @@ def attention(
     Raises:
         RuntimeError: PyTorch's, of shapes that do not fit.
     """
+    if kernel:
+        out: Tensor = torch.ops.graphfuse.attention(query, key, value, is_causal, scale, kernel)[0]
+        return out
     if is_grouped and not takes_groups:
         times = query.size(1) // key.size(1)
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
     return functional.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=is_grouped and takes_groups
     )
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return forward(query, key, value, None, is_causal, scale, kernel)
+
+
+def _fake(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
+) -> tuple[Tensor, Tensor]:
+    return fake_forward(query, value)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(grad, query, key, value, None, is_causal, out, lse, scale, kernel)
+
+
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_backward(query, key, value)
+
+
+torch.library.define(
+    "graphfuse::attention",
+    "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, str kernel) -> (Tensor, Tensor)",
+    tags=_op.TAGS,
+)
+torch.library.define(
+    "graphfuse::attention_backward",
+    "(Tensor grad, Tensor query, Tensor key, Tensor value, bool is_causal, Tensor out, Tensor lse, float scale, "
+    "str kernel) -> (Tensor, Tensor, Tensor)",
+    tags=_op.TAGS,
+)
+_op.implement("attention", _forward)
+_op.implement("attention_backward", _backward)
+torch.library.register_fake("graphfuse::attention", _fake)
+torch.library.register_fake("graphfuse::attention_backward", _fake_backward)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.is_causal, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse = ctx.saved_tensors
+    grads = torch.ops.graphfuse.attention_backward(
+        grad, query, key, value, ctx.is_causal, out, lse, ctx.scale, ctx.kernel
+    )
+    return *grads, None, None, None
+
+
+torch.library.register_autograd("graphfuse::attention", _autograd, setup_context=_setup_context)
 
 
 def mask_of(parts: Sequence[Tensor], steps: Sequence[tuple[str, float]], lowest: float) -> Tensor:

@@ -5,7 +5,7 @@
 Whether a mask that depends on data (padding, packed documents) is the lower triangle is known only when it is there.
 `is_lower_triangle` looks at it, once for all layers, and brings the answer to the host; `causal_attention` then calls
 the kernel that skips the upper half and takes grouped keys and values as they are, or the one that reads the mask. The
-kernels are PyTorch's own, chosen by its own rules.
+kernels are PyTorch's own, chosen by its own rules, or by name.
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691 (the logsumexp kept for backward); Ainslie et al. 2023,
 https://arxiv.org/abs/2305.13245 (grouped heads)
@@ -20,14 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._sdpa_kernel import sdpa_kernel
+from graphfuse.kernels._sdpa_launch import attend, backward, fake_backward, fake_forward, forward, laid_out, triangle
 
 __all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle", "paths"]
-
-aten = torch.ops.aten
 
 # An additive mask excludes what it pushes this low: exp() is 0 then, in any dtype. -1e4 is lower, as bfloat16 has it.
 MASKED = -9e3
@@ -47,57 +44,8 @@ def causal_attention_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Say what the op computes, in differentiable torch operations: the result and the scores' logsumexp."""
-    scores = _scores(query, key, None if is_causal else mask, scale)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
-    out = weights @ _repeat(value, query).to(weights.dtype)
-    return out.to(query.dtype), lse
-
-
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Scaled scores (B, H, S, T), -inf where nothing may be seen; `None` is the causal mask."""
-    compute = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(compute) @ _repeat(key, query).to(compute).mT * scale
-    if mask is None:
-        mask = _triangle(scores)
-    if mask.dtype == torch.bool:
-        return scores.masked_fill(~mask, -torch.inf)
-    return scores + mask.to(compute)
-
-
-def _triangle(like: Tensor) -> Tensor:
-    return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).tril()
-
-
-def _repeat(states: Tensor, query: Tensor) -> Tensor:
-    """One head of keys or values for each head of queries."""
-    if states.shape[1] == query.shape[1]:
-        return states
-    return states.transpose(1, 2).repeat_interleave(query.shape[1] // states.shape[1], 2).transpose(1, 2)
-
-
-def _sum_groups(grad: Tensor, states: Tensor) -> Tensor:
-    """The gradient of what `_repeat` repeated."""
-    return grad.unflatten(1, (states.shape[1], -1)).sum(2) if grad.shape[1] != states.shape[1] else grad
-
-
-def _bias(mask: Tensor | None, query: Tensor, backend: SDPBackend) -> Tensor | None:
-    """A mask as the fused kernels add it: in the dtype of the queries, with 4 dims.
-
-    One kernel wants all heads, and rows aligned to 8 elements; the others want rows without gaps.
-    """
-    if mask is None or backend == SDPBackend.MATH:
-        return None
-    length = mask.shape[-1]
-    is_padded = backend == SDPBackend.EFFICIENT_ATTENTION
-    bias = query.new_empty((*mask.shape[:-1], -(-length // 8) * 8 if is_padded else length))[..., :length]
-    if mask.dtype == torch.bool:
-        bias.zero_().masked_fill_(~mask, -torch.inf)
-    else:
-        bias.copy_(mask)
-    if is_padded:
-        return bias.expand(*query.shape[:-1], length)
-    return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
+    causal = bool(is_causal)
+    return attend(query, key, value, None if causal else mask, causal, scale)
 
 
 def _blind(query: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -116,74 +64,35 @@ def _without(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return tensor if rows is None else tensor.masked_fill(rows, 0.0)
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> tuple[Any, ...]:
-    """The kernel, and query, key, value and mask as it takes them: groups are for the causal kernels on GPUs."""
-    if mask is not None:
-        key, value = _repeat(key, query), _repeat(value, query)
-    backend = sdpa_kernel(query, key, value, mask, scale)
-    knows_groups = query.is_cuda and backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
-    if query.shape[1] != key.shape[1] and not knows_groups:
-        key, value = _repeat(key, query), _repeat(value, query)
-        backend = sdpa_kernel(query, key, value, mask, scale)
-    if backend == SDPBackend.CUDNN_ATTENTION:
-        query, key, value = (_heads_within_tokens(states) for states in (query, key, value))
-    return backend, query, key, value, _bias(mask, query, backend)
-
-
-def _heads_within_tokens(states: Tensor) -> Tensor:
-    """The states (B, H, S, D) as they come out of a linear layer: (B, S, H, D) in memory.
-
-    The one layout in which cuDNN's backward is right whatever that of the result's gradient: where the queries have
-    another one than the result or its gradient, it returns wrong gradients (torch 2.11, also under PyTorch's own call).
-    """
-    return states.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    is_causal: Tensor,
+    scale: float,
+    causal_kernel: str,
+    masked_kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    allowed = None if is_causal else mask
+    causal = bool(is_causal)
+    allowed = None if causal else mask
     if (blind := _blind(query, allowed)) is not None:
-        query, mask = _without(query, blind), _without(mask, blind)
-        allowed = mask
-    paths["causal" if allowed is None else "masked"] += 1
-    backend, q, k, v, bias = _fits(query, key, value, allowed, scale)
-    causal = allowed is None
-    if query.numel() == 0 or backend == SDPBackend.MATH:
-        out, lse = causal_attention_reference(query, key, value, mask, is_causal, scale)
-    elif not query.is_cuda:
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu.default(
-            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
-        )
-    elif backend == SDPBackend.FLASH_ATTENTION:
-        out, lse, *_ = aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, scale=scale)
-    elif backend == SDPBackend.CUDNN_ATTENTION:
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention.default(q, k, v, bias, True, 0.0, causal, scale=scale)
-    else:
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention.default(
-            q, k, v, bias, True, 0.0, causal, scale=scale
-        )
-    lse = lse.reshape(*lse.shape[:2], -1)[..., : query.shape[2]]
-    return _heads_within_tokens(out.to(query.dtype)), lse.contiguous().to(_lse_dtype(query))
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, torch.float32)
-
-
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor with the dtype and strides that the compiler was told."""
-    if tensor.stride() == like.stride() and tensor.dtype == like.dtype:
-        return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
+        query, allowed = _without(query, blind), _without(mask, blind)
+    paths["causal" if causal else "masked"] += 1
+    return forward(query, key, value, allowed, causal, scale, causal_kernel if causal else masked_kernel)
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    is_causal: Tensor,
+    scale: float,
+    causal_kernel: str,
+    masked_kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, length, _ = query.shape
-    out = query.new_empty((batch, length, heads, value.shape[-1])).transpose(1, 2)
-    return out, query.new_empty((batch, heads, length), dtype=_lse_dtype(query))
+    return fake_forward(query, value)
 
 
 def _backward(
@@ -196,71 +105,17 @@ def _backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
+    causal_kernel: str,
+    masked_kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    allowed = None if is_causal else mask
+    causal = bool(is_causal)
+    allowed = None if causal else mask
     seeing = query
     if (blind := _blind(query, allowed)) is not None:
         seeing, allowed = _without(query, blind), _without(mask, blind)
-    causal = allowed is None
-    backend, q, k, v, bias = _fits(seeing, key, value, allowed, scale)
-    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that there is not
-    length, keys = query.shape[2], key.shape[2]
-    if query.numel() == 0 or backend == SDPBackend.MATH:
-        grads = _backward_reference(grad, seeing, key, value, allowed, lse, scale)
-    elif not query.is_cuda:
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale
-        )
-    elif backend == SDPBackend.FLASH_ATTENTION:
-        grads = aten._scaled_dot_product_flash_attention_backward.default(
-            grad, q, k, v, out, lse, None, None, length, keys, 0.0, True, unused, unused, scale=scale
-        )
-    elif backend == SDPBackend.CUDNN_ATTENTION:
-        grads = aten._scaled_dot_product_cudnn_attention_backward.default(
-            _heads_within_tokens(grad),
-            q,
-            k,
-            v,
-            out,
-            lse.unsqueeze(-1),
-            unused,
-            unused,
-            bias,
-            None,
-            None,
-            length,
-            keys,
-            0.0,
-            causal,
-            scale=scale,
-        )
-    else:
-        rows = torch.nn.functional.pad(lse, (0, -length % 32), value=torch.inf)
-        grads = aten._scaled_dot_product_efficient_attention_backward.default(
-            grad, q, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], causal, scale=scale
-        )
-    q_grad, k_grad, v_grad, *_ = grads
-    summed = (_without(q_grad, blind), _sum_groups(k_grad, key), _sum_groups(v_grad, value))
-    likes = _fake_backward(grad, query, key, value, mask, is_causal, out, lse, scale, meta=True)
-    wanted = [_laid_out(found, like) for found, like in zip(summed, likes, strict=True)]
-    return wanted[0], wanted[1], wanted[2]
-
-
-def _backward_reference(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    lse: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights = (_scores(query, key, mask, scale) - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
-    grad = grad.to(weights.dtype)
-    weights_grad = grad @ _repeat(value, query).to(weights.dtype).mT
-    scores_grad = weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * scale
-    q_grad = scores_grad @ _repeat(key, query).to(weights.dtype)
-    return q_grad, scores_grad.mT @ query.to(weights.dtype), weights.mT @ grad
+    kernel = causal_kernel if causal else masked_kernel
+    q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel)
+    return laid_out(_without(q_grad, blind), query), k_grad, v_grad
 
 
 def _fake_backward(
@@ -273,23 +128,18 @@ def _fake_backward(
     out: Tensor,
     lse: Tensor,
     scale: float,
-    *,
-    meta: bool = False,
+    causal_kernel: str,
+    masked_kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    device = torch.device("meta") if meta else query.device
-    likes = [torch.empty_like(tensor, device=device) for tensor in (query, key, value)]
-    return likes[0], likes[1], likes[2]
+    return fake_backward(query, key, value)
 
 
 def _looks(mask: Tensor) -> Tensor:
     if mask.shape[-1] != mask.shape[-2]:
         return torch.tensor(False)
-    triangle = _triangle(mask)
-    if mask.dtype == torch.bool:
-        same = (mask == triangle).all()
-    else:
-        same = torch.where(triangle, mask == 0, mask <= MASKED).all()
-    return same.cpu()
+    seen = triangle(mask)
+    same = mask == seen if mask.dtype == torch.bool else torch.where(seen, mask == 0, mask <= MASKED)
+    return same.all().cpu()
 
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -297,13 +147,14 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask) -> Tensor", tags=_TAGS)
 torch.library.define(
     "graphfuse::causal_attention",
-    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale, str causal_kernel, "
+    "str masked_kernel) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "graphfuse::causal_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, Tensor out, Tensor lse, "
-    "float scale) -> (Tensor, Tensor, Tensor)",
+    "float scale, str causal_kernel, str masked_kernel) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _op.implement("is_lower_triangle", _looks)
@@ -319,7 +170,8 @@ def _(mask):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, scale, causal_kernel, masked_kernel = inputs
+    ctx.options = (scale, causal_kernel, masked_kernel)
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -327,7 +179,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, mask, is_causal, out, lse = ctx.saved_tensors
     tensors = (query, key, value, mask, is_causal, out, lse)
-    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, ctx.scale), None, None, None
+    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 5
 
 
 torch.library.register_autograd("graphfuse::causal_attention", _autograd, setup_context=_setup_context)
@@ -374,5 +226,5 @@ def causal_attention(
         heads = query.shape[1], key.shape[1], value.shape[1]
         raise ValueError(f"key: expected heads that divide those of the queries, got {heads}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale)[0]
+    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale, "", "")[0]
     return out

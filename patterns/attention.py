@@ -17,18 +17,21 @@ earlier calls, and products in float64 or of more than 256 features, for which t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from graphfuse.kernels.attention import attention, mask_of
 from graphfuse.kernels.causal_attention import MASKED, paths
-from graphfuse.match import Match, Pattern, Refusal, short
+from graphfuse.match import Choice, Match, Pattern, Refusal, short
 from graphfuse.patterns._attention_heads import Plan, arranged
+from graphfuse.patterns._attention_kernels import choose_kernel, choose_kernels, trains
 from graphfuse.patterns._attention_layout import Layout, Operations, layouts
 from graphfuse.patterns._attention_mask import Known, Unfit, look
 from graphfuse.patterns._attention_scores import Step, Weights, foreign, is_written, scores_of, weights_of
@@ -209,11 +212,13 @@ class _Site:
             dtypes = {query.value.dtype, *(mask.dtype for mask in layout.masks if mask.dtype.is_floating_point)}
             lowest = max(torch.finfo(dtype).min for dtype in dtypes)
             params |= {"mask_plans": layout.mask_plans, "steps": steps, "lowest": lowest}
+            params |= {"causal_kernel": "", "masked_kernel": ""}
             variant = f"mask looked at on every call, {kind}"
         else:
             on_gpu = query.value.tensor.device.type == "cuda"
             takes_groups = not on_gpu or (query.value.dtype in HALF and features[0] == features[1])
             params |= {"is_causal": known.is_causal, "is_grouped": is_grouped, "takes_groups": takes_groups}
+            params |= {"kernel": ""}
             variant = (
                 f"mask of {layout.lengths[1]} positions dropped, {kind}" if known.is_causal else f"no mask, {kind}"
             )
@@ -235,8 +240,29 @@ class _Site:
             above_views=False,
             by_row=False,
             waits=bool(known.depends_on),
+            choose=self._choose(layout, known),
             formula=MASKED_FORMULA if known.is_causal else FORMULA,
         )
+
+    def _choose(self, layout: Layout, known: Known) -> Callable[[], Choice | None]:
+        query = layout.sources[0].value.tensor
+        has_backward = trains(layout.output, *(source.value for source in layout.sources))
+
+        def states() -> tuple[Tensor, Tensor, Tensor]:
+            read = zip(layout.sources, layout.plans, strict=True)
+            found = [arranged(source.value.tensor, plan, query) for source, plan in read]
+            return found[0], found[1], found[2]
+
+        def mask() -> Tensor:
+            masks = zip(layout.masks, layout.mask_plans, strict=True)
+            parts = [arranged(one.tensor, plan, query) for one, plan in masks]
+            steps = [(step.kind, step.number) for step in self.found.masks]
+            with query.fake_mode if isinstance(query, FakeTensor) else nullcontext():
+                return mask_of(parts, steps, HIDDEN)
+
+        if known.depends_on:
+            return partial(choose_kernels, states, mask, trains=has_backward)
+        return partial(choose_kernel, states, is_causal=known.is_causal, trains=has_backward)
 
     def _written(self, output: Value, inputs: list[Value]) -> list[Value]:
         """Numbers that the region reads from tensors of the code."""
@@ -308,10 +334,13 @@ def fused(
     is_causal: bool,
     is_grouped: bool,
     takes_groups: bool,
+    kernel: str,
 ) -> Tensor:
     """Stands in the place of attention without a mask, or under one that is always causal."""
     states = [arranged(one, plan, query) for one, plan in zip((query, key, value), plans, strict=True)]
-    out = attention(*states, scale=scale, is_causal=is_causal, is_grouped=is_grouped, takes_groups=takes_groups)
+    out = attention(
+        *states, scale=scale, is_causal=is_causal, is_grouped=is_grouped, takes_groups=takes_groups, kernel=kernel
+    )
     found: Tensor = arranged(out, output_plan, query)
     return found
 
@@ -327,13 +356,15 @@ def looked_at(
     steps: Steps,
     lowest: float,
     scale: float,
+    causal_kernel: str,
+    masked_kernel: str,
 ) -> Tensor:
     """Stands in the place of attention under a mask that is causal where nothing is padded."""
     states = [arranged(one, plan, query) for one, plan in zip((query, key, value), plans, strict=True)]
     parts = [arranged(one, plan, query) for one, plan in zip(masks, mask_plans, strict=False)]
     mask = mask_of(parts, steps, lowest)
     is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
-    out = torch.ops.graphfuse.causal_attention(*states, mask, is_causal, scale)[0]
+    out = torch.ops.graphfuse.causal_attention(*states, mask, is_causal, scale, causal_kernel, masked_kernel)[0]
     found: Tensor = arranged(out, output_plan, query)
     return found
 

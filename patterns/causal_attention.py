@@ -17,13 +17,15 @@ Left alone: masks that are something else even so (sliding windows, biases that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from graphfuse.kernels.attention import attention
 from graphfuse.kernels.causal_attention import paths
 from graphfuse.match import Match, Pattern, Refusal, argument, number, short
+from graphfuse.patterns._attention_kernels import choose_kernel, choose_kernels, trains
 from graphfuse.patterns._attention_mask import Known, Unfit, as_mask, look, triangle
 from graphfuse.patterns._attention_states import before_repeat, samplers
 from graphfuse.shadow import Shadow, Value
@@ -88,6 +90,11 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
     heads = "grouped, " if is_grouped else ""
     size = query.shape[-1] ** -0.5 if scale is None else scale
     states = samplers(query.shape[-1], size)
+    has_backward = trains(value, query, key, value_states)
+
+    def tensors() -> tuple[Tensor, Tensor, Tensor]:
+        return query.tensor, key.tensor, value_states.tensor
+
     lengths = frozenset(mask.shape[-1:])  # a mask of numbers may be as large as all else together
     if known.depends_on:
         return Match(
@@ -95,27 +102,30 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
             outputs=(value,),
             inputs=(query, key, value_states, mask),
             replacement=looked_at,
-            params={"scale": size},
+            params={"scale": size, "causal_kernel": "", "masked_kernel": ""},
             variant=f"mask looked at on every call, {heads}{short(query.dtype)}",
             covers=COVERS,
             samplers={**states, 3: (_triangle, _holes)},
             scalable=lengths,
             above_views=False,
             waits=True,
+            choose=partial(choose_kernels, tensors, lambda: mask.tensor, trains=has_backward),
             formula=FORMULA,
             frees="",
         )
+    enable_gqa = is_grouped or bool(value.kwargs.get("enable_gqa", False))
     return Match(
         pattern=NAME,
         outputs=(value,),
         inputs=(query, key, value_states, mask),
         replacement=dropped,
-        params={"scale": scale, "enable_gqa": is_grouped or bool(value.kwargs.get("enable_gqa", False))},
+        params={"scale": scale, "enable_gqa": enable_gqa, "kernel": ""},
         variant=f"mask of {mask.shape[-1]} positions dropped, {heads}{short(query.dtype)}",
         covers=COVERS,
         samplers={**states, 3: _triangle},
         scalable=lengths,
         above_views=False,
+        choose=partial(choose_kernel, tensors, is_causal=True, trains=has_backward, scale=size),
         formula=FORMULA,
         frees="",
     )
@@ -144,17 +154,20 @@ def dropped(
     *,
     scale: float | None,
     enable_gqa: bool,
+    kernel: str,
 ) -> Tensor:
     """Stands in the place of attention under a mask that is always causal."""
-    return functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=enable_gqa
-    )
+    return attention(query, key, value, scale=scale, is_causal=True, is_grouped=enable_gqa, kernel=kernel)
 
 
-def looked_at(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float) -> Tensor:
+def looked_at(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float, causal_kernel: str, masked_kernel: str
+) -> Tensor:
     """Stands in the place of attention under a mask that is causal where nothing is padded."""
     is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
-    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale)[0]
+    out: Tensor = torch.ops.graphfuse.causal_attention(
+        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel
+    )[0]
     return out
 
 

@@ -46,6 +46,41 @@ def test_agrees_with_its_reference(device, groups, is_causal, length):
     torch.testing.assert_close(*(torch.autograd.grad(end, (q, k, v), grad) for end in (out, wanted)))
 
 
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kernel_by_its_name_is_no_worse(device, dtype, groups, is_causal, kernel):
+    """Named kernels run on GPUs; elsewhere the call is PyTorch's to place."""
+    torch.use_deterministic_algorithms(False)
+
+    def named(q, k, v):
+        return attention(q, k, v, scale=0.3, is_causal=is_causal, kernel=kernel)
+
+    def eager(q, k, v):
+        k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.3)
+
+    assert_no_worse(named, eager, heads(device, groups, dtype), slack=1.25)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_passes_opcheck(device, is_causal):
+    torch.library.opcheck(torch.ops.graphfuse.attention, (*heads(device, 2), is_causal, 0.25, "flash"))
+
+
+@pytest.mark.parametrize("permute", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_tells_compilers_its_strides(device, permute):
+    states = (x.detach().permute(permute).contiguous().permute(permute).requires_grad_() for x in heads(device))
+
+    def step(q, k, v):
+        out = attention(q, k, v, scale=0.25, is_causal=True, kernel="flash")
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    inputs = tuple(states)
+    torch.testing.assert_close(torch.compile(step)(*inputs), step(*inputs))
+
+
 PADDING = torch.arange(S) < torch.tensor([[S], [S - 9]])[:, None, None]
 ADDED = torch.zeros(S, S).masked_fill(~TRIANGLE, -1e4)
 

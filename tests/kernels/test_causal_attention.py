@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from graphfuse.kernels import causal_attention as module
+from graphfuse.kernels import _sdpa_launch
 from graphfuse.kernels.causal_attention import (
     causal_attention,
     causal_attention_reference,
@@ -33,7 +33,7 @@ def additive(mask, dtype=torch.float32):
 def backend(request, monkeypatch):
     """PyTorch's choice, or the fallback for what no fused kernel takes."""
     if request.param == "math":
-        monkeypatch.setattr(module, "sdpa_kernel", lambda *args: torch.nn.attention.SDPBackend.MATH)
+        monkeypatch.setattr(_sdpa_launch, "sdpa_kernel", lambda *args: torch.nn.attention.SDPBackend.MATH)
     return request.param
 
 
@@ -44,12 +44,12 @@ def backend(request, monkeypatch):
 def test_no_worse_than_eager(device, backend, mask, groups, dtype, layout):
     mask = mask.to(device)
     mask = mask if mask.dtype == torch.bool else mask.clamp_min(torch.finfo(dtype).min).to(dtype)
-    inputs = (*heads(device, groups=groups, dtype=dtype, layout=layout), mask, is_lower_triangle(mask), D**-0.5)
+    inputs = (*heads(device, groups=groups, dtype=dtype, layout=layout), mask, is_lower_triangle(mask), D**-0.5, "", "")
 
     def op(*args):
         return torch.ops.graphfuse.causal_attention(*args)[0]
 
-    def eager(q, k, v, mask, is_causal, scale):
+    def eager(q, k, v, mask, is_causal, scale, *kernels):
         k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
@@ -61,7 +61,7 @@ def test_agrees_with_its_reference(device, mask):
     q, k, v = heads(device, dtype=torch.float64, values=24)
     mask = mask.to(device)
     flag = is_lower_triangle(mask)
-    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3)
+    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3, "", "")
     wanted_out, wanted_lse = causal_attention_reference(q, k, v, mask, flag, 0.3)
     torch.testing.assert_close((out, lse), (wanted_out, wanted_lse))
     grad = torch.randn_like(out)
@@ -123,7 +123,7 @@ def test_takes_any_length(device, length, is_causal, dtype):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_passes_opcheck(device, backend, is_causal):
-    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25)
+    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25, "", "")
     torch.library.opcheck(torch.ops.graphfuse.causal_attention, inputs)
     torch.library.opcheck(torch.ops.graphfuse.is_lower_triangle, (TRIANGLE.to(device),))
 
@@ -139,6 +139,17 @@ def test_tells_compilers_its_strides(device, permute, is_causal):
         return torch.autograd.grad(causal_attention(q, k, v, mask, flag).square().sum(), (q, k, v))
 
     torch.testing.assert_close(torch.compile(step)(q, k, v), step(q, k, v))
+
+
+def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device):
+    packed = torch.randn(B, S, 3, 4, D, device=device)
+    states = [x.transpose(1, 2).requires_grad_() for x in packed.unbind(2)]
+    seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
+    mask = torch.zeros(S, S, device=device).masked_fill(~seen, -1e9)
+    flag = is_lower_triangle(mask)
+    out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "")
+    inputs = (torch.randn_like(out), *(x.detach() for x in states), mask, flag, out.detach(), lse, 0.25, "", "")
+    torch.library.opcheck(torch.ops.graphfuse.causal_attention_backward, inputs, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])

@@ -1,0 +1,240 @@
+"""Which of PyTorch's kernels for scaled dot-product attention is fastest at a size, measured on this GPU.
+
+Measured once: the answer is kept in a file beside torch's caches, the first one for all processes, so that all go the
+same way and a later one measures nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from graphfuse.kernels._sdpa_kernel import KERNELS, may_choose
+from graphfuse.kernels._sdpa_launch import backward, fitted, forward, triangle
+
+FORMAT = 1  # of the files; goes up when what is measured changes
+REPEATS = 7
+QUEUE = 4_000_000  # cycles that the GPU waits first, so that the host is ahead of it: its time is not the kernel's
+SLOW = 1.5  # times as slow as the best so far, once, is not measured again
+MARGIN = 1.03  # times as slow as the fastest, PyTorch's own choice stays: so much may be noise
+APART = 0.03  # relative difference to PyTorch's choice that the rounding of half precision explains
+COPIES = 16  # tensors of the size of the queries that measuring takes at most, gradients and what is repeated included
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured: milliseconds of each kernel that fits, and the one to take."""
+
+    fastest: str
+    milliseconds: dict[str, float]
+
+
+_known: dict[str, Times | None] = {}
+
+
+def fastest(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool, trains: bool
+) -> Times | None:
+    """The kernel for tensors like these, which may be fake; `None` where there is nothing to choose.
+
+    Args:
+        query: (B, H, S, D).
+        key: (B, G, T, D).
+        value: (B, G, T, E).
+        mask: broadcastable to (B, H, S, T), bool or floating.
+        is_causal: whether position s sees keys 0 to s; then there is no mask.
+        trains: whether forward and backward count, or forward alone.
+    """
+    states = (query, key, value)
+    if not may_choose() or not _is_measurable([*states, *(() if mask is None else (mask,))]):
+        return None
+    described = {
+        "format": FORMAT,
+        **_machine(query.device),
+        "flash": getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)(),  # activated by the user
+        "dtype": str(query.dtype),
+        "tensors": [[list(tensor.shape), list(tensor.stride())] for tensor in states],
+        "mask": None if mask is None else [str(mask.dtype), list(mask.shape)],
+        "is_causal": is_causal,
+        "trains": trains,
+    }
+    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    if name not in _known:
+        file = _file(name)
+        found = _read(file) or _measure(query, key, value, mask, is_causal=is_causal, trains=trains)
+        _known[name] = _keep(file, found, described) if found is not None else None
+    return _known[name]
+
+
+def _is_measurable(tensors: Sequence[Tensor]) -> bool:
+    """Whether such tensors can be made here: of known sizes, on a GPU that is not recording what it is given."""
+    sizes = [size for tensor in tensors for size in (*tensor.shape, *tensor.stride())]
+    is_real = all(isinstance(size, int) for size in sizes) and all(tensor.numel() for tensor in tensors)
+    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    return is_real and on_gpu and torch.version.hip is None and not torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _measure(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, trains: bool
+) -> Times | None:
+    """Run every kernel that fits, on random numbers; `None` if they are fewer than two, or memory is short."""
+    device = query.device
+    size = max(query.numel(), value.numel() * query.shape[1] // value.shape[1]) * query.element_size()
+    masked = 0 if mask is None else 2 * mask.numel() * query.element_size()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.cuda.device(device))
+        if COPIES * size + masked > _free_memory(device):
+            return None
+        try:
+            generator = torch.Generator(device).manual_seed(0)
+            q, k, v = (_like(tensor, generator) for tensor in (query, key, value))
+            seen = None if mask is None else _triangle(mask)
+            return _compare(_runs(q, k, v, seen, is_causal, trains, generator))
+        except RuntimeError:  # of memory, or of a kernel that says that it fits and does not
+            return None
+
+
+def _free_memory(device: torch.device) -> int:
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return empty.normal_(generator=generator)
+
+
+def _triangle(mask: Tensor) -> Tensor:
+    """A mask of this kind: what it hides makes no difference to the time of a kernel that reads it."""
+    seen = triangle(mask)
+    if mask.dtype != torch.bool:
+        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, -torch.inf)
+    return seen.expand(mask.shape)
+
+
+Run = Callable[[], tuple[Tensor, ...]]
+
+
+def _runs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    trains: bool,
+    generator: torch.Generator,
+) -> dict[str, Run]:
+    """Every kernel that takes the call, PyTorch's own choice first."""
+    scale = query.shape[-1] ** -0.5
+    grad = forward(query, key, value, mask, is_causal, scale)[0].normal_(generator=generator)
+
+    def run(name: str) -> tuple[Tensor, ...]:
+        out, lse = forward(query, key, value, mask, is_causal, scale, name)
+        if not trains:
+            return (out,)
+        return out, *backward(grad, query, key, value, mask, is_causal, out, lse, scale, name)
+
+    def backend(name: str) -> Any:
+        return fitted(query, key, value, mask, is_causal, scale, name)[0]
+
+    own = backend("")
+    names = [name for name in KERNELS if backend(name) == KERNELS[name]]
+    return {name: functools.partial(run, name) for name in sorted(names, key=lambda name: KERNELS[name] != own)}
+
+
+def _compare(runs: dict[str, Run]) -> Times | None:
+    """The times of all that compute what the first one does; another must be faster by more than noise."""
+    own = next(iter(runs), "")
+    times: dict[str, float] = {}
+    if len(runs) < 2:
+        return None
+    wanted = runs[own]()
+    for name, run in runs.items():
+        if not all(_is_near(*pair) for pair in zip(run(), wanted, strict=True)):
+            continue
+        once = _milliseconds(run, 1)
+        is_slow = bool(times) and once > SLOW * min(times.values())
+        times[name] = once if is_slow else _milliseconds(run, REPEATS)
+    if own not in times:  # its own results differ: it draws lots, or is broken
+        return None
+    best = min(times, key=lambda name: times[name])
+    return Times(own if times[own] <= MARGIN * times[best] else best, times)
+
+
+def _is_near(found: Tensor, wanted: Tensor) -> bool:
+    norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return bool(norm(found - wanted) <= APART * norm(wanted))
+
+
+def _milliseconds(run: Run, repeats: int) -> float:
+    """The median time of a run."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    torch.cuda._sleep(QUEUE)
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    times: list[float] = [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+    return statistics.median(times)
+
+
+def _file(name: str) -> Path | None:
+    """Where an answer is kept, unless the user keeps nothing."""
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return None if config.force_disable_caches else Path(cache_dir()) / "graphfuse" / "attention" / f"{name}.json"
+
+
+def _read(file: Path | None) -> Times | None:
+    if file is None:
+        return None
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))["times"]
+        found = Times(str(kept["fastest"]), {str(name): float(ms) for name, ms in kept["milliseconds"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not ours
+        return None
+    return found if found.fastest in KERNELS else None
+
+
+def _keep(file: Path | None, found: Times, described: dict[str, Any]) -> Times:
+    """Write what was found, unless another process was first: then that is the answer here, too."""
+    if file is None:
+        return found
+    text = json.dumps({**described, "times": asdict(found)}, indent=2)
+    with contextlib.suppress(OSError):  # a disk that takes no files costs a measurement in every process, no more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as own:
+            own.write(text)
+            own.flush()
+            if file.exists() and _read(file) is None:  # damaged
+                file.unlink(missing_ok=True)
+            os.link(own.name, file)
+    return _read(file) or found

@@ -26,19 +26,19 @@ from graphfuse.kernels._triton import TensorDescriptor, launch, tl, triton
 ALIGNED = 8  # elements: rows of what a tensor descriptor describes start at multiples of 16 bytes
 
 
-@triton.jit
+# What is passed for one call and not for another is no constant: a variant takes more than a second to compile.
+@triton.jit(do_not_specialize=["C", "PROGRAMS", "SKIP", "IS_LAST"])
 def _add_product_kernel(
     scale_ptr,  # [H], fp32
     grad_desc,  # [C, V], in blocks of [BLOCK_C, BLOCK_V]
     x_desc,  # [C, H], in blocks of [BLOCK_C, BLOCK_H]
-    sum_desc,  # [V, H], fp16, in blocks of [BLOCK_V, BLOCK_H // 2]
-    out_desc,  # the same memory; its dtype may be another
+    bits_desc,  # [V, H], int16: fp16, at last the dtype of x; in blocks of [BLOCK_V, BLOCK_H // 2]
     C,
     V,
     H,
     PROGRAMS,
-    IS_FIRST: tl.constexpr,
-    IS_LAST: tl.constexpr,
+    SKIP,  # how far behind a tile its sum is read: V the first time, outside the matrix, where there are zeros
+    IS_LAST,  # 0 or 1
     BLOCK_C: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -59,11 +59,10 @@ def _add_product_kernel(
             features = at + tl.arange(0, HALF)
             scale = tl.load(scale_ptr + features, mask=features < H, other=1.0)[None, :]
             half *= scale
-            if not IS_FIRST:
-                half += sum_desc.load([row, at]).to(tl.float32)
-            if IS_LAST:
-                half /= scale
-            out_desc.store([row, at], half.to(out_desc.dtype))
+            half += bits_desc.load([row + SKIP, at]).to(tl.float16, bitcast=True).to(tl.float32)
+            as_sum = half.to(tl.float16).to(tl.int16, bitcast=True)
+            as_result = (half * (1.0 / scale)).to(x_desc.dtype).to(tl.int16, bitcast=True)
+            bits_desc.store([row, at], tl.where(IS_LAST != 0, as_result, as_sum))
 
 
 def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_first: bool, is_last: bool) -> None:
@@ -80,7 +79,6 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
     if x.stride(1) != 1 or x.stride(0) % ALIGNED or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     (tokens, vocab), features = grad.shape, x.shape[1]
-    out = total.view(x.dtype) if is_last else total
     tile = _tile(features, x.get_device())
     tiles = triton.cdiv(vocab, tile["BLOCK_V"]) * triton.cdiv(features, tile["BLOCK_H"])
     programs = min(tiles, _programs(x.get_device()))
@@ -91,14 +89,13 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
         scale,
         TensorDescriptor(grad, [tokens, vocab], [grad.stride(0), 1], [tile["BLOCK_C"], tile["BLOCK_V"]]),
         TensorDescriptor(x, [tokens, features], [x.stride(0), 1], [tile["BLOCK_C"], tile["BLOCK_H"]]),
-        TensorDescriptor(total, [vocab, features], [features, 1], half),
-        TensorDescriptor(out, [vocab, features], [features, 1], half),
+        TensorDescriptor(total.view(torch.int16), [vocab, features], [features, 1], half),
         tokens,
         vocab,
         features,
         programs,
-        IS_FIRST=is_first,
-        IS_LAST=is_last,
+        vocab if is_first else 0,
+        int(is_last),
         **tile,
     )
 

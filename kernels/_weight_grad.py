@@ -75,7 +75,7 @@ class WideSum:
         self.sum = torch.empty_like(weight, dtype=dtype)
         self.started = False
 
-    def add(self, grad: Tensor, x: Tensor, *, is_last: bool) -> None:  # noqa: ARG002 - as the other one
+    def add(self, grad: Tensor, x: Tensor, *, is_last: bool) -> None:
         """Add the product of `grad`, (C, V), the gradient of a chunk of logits, and `x`, (C, H)."""
         matmul_into(self.sum, grad.t(), x, accumulate=self.started)
         self.started = True

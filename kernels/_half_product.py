@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._triton import TensorDescriptor, launch, tl, triton
+from graphfuse.kernels._triton import Described, launch, tl, triton
 
 ALIGNED = 8  # elements: rows of what a tensor descriptor describes start at multiples of 16 bytes
 
@@ -87,9 +87,9 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
         _add_product_kernel,
         (programs,),
         scale,
-        TensorDescriptor(grad, [tokens, vocab], [grad.stride(0), 1], [tile["BLOCK_C"], tile["BLOCK_V"]]),
-        TensorDescriptor(x, [tokens, features], [x.stride(0), 1], [tile["BLOCK_C"], tile["BLOCK_H"]]),
-        TensorDescriptor(total.view(torch.int16), [vocab, features], [features, 1], half),
+        Described(grad, [tokens, vocab], [grad.stride(0), 1], [tile["BLOCK_C"], tile["BLOCK_V"]]),
+        Described(x, [tokens, features], [x.stride(0), 1], [tile["BLOCK_C"], tile["BLOCK_H"]]),
+        Described(total.view(torch.int16), [vocab, features], [features, 1], half),
         tokens,
         vocab,
         features,

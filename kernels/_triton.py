@@ -10,7 +10,7 @@ multiple of 16 makes no kernel faster, and another number of rows would have it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,12 +42,21 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched
 # Whether kernels may have instructions of NVIDIA's GPUs in them.
 HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None) if HAS_TRITON else False
 
-__all__ = ["HAS_PTX", "HAS_TRITON", "TensorDescriptor", "launch", "tl", "triton"]
+__all__ = ["HAS_PTX", "HAS_TRITON", "Described", "launch", "tl", "triton"]
 
 # What Triton compiled, by all that it compiles for: sizes, strides, dtypes, alignment, options. To call it takes 4 us,
 # and to have Triton find it again 15 to 20.
 MAX_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+
+class Described(NamedTuple):
+    """A tensor that a kernel reads and writes in blocks, as Triton's TensorDescriptor, which is made of it."""
+
+    tensor: Tensor
+    shape: list[int]
+    strides: list[int]
+    block: list[int]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -61,7 +70,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """
     index = args[0].get_device()
     if index < 0:  # in Triton's interpreter
-        kernel[grid](*args, **options)
+        kernel[grid](*map(_described, args), **options)
         return
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
@@ -70,18 +79,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     key = (id(kernel), index, *map(_kind, args), *options.values())
     if key in _compiled:
         compiled, constants = _compiled[key]
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+        compiled[(*grid, 1, 1)[:3]](*map(_described, args), *constants)
         return
-    compiled = kernel[grid](*args, **options)
+    compiled = kernel[grid](*map(_described, args), **options)
     if len(_compiled) >= MAX_COMPILED:
         _compiled.clear()
     _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
+
+
+def _described(argument: Any) -> Any:
+    return TensorDescriptor(*argument) if isinstance(argument, Described) else argument
 
 
 def _kind(argument: Any) -> Any:
     """Return what of an argument Triton compiles for."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, TensorDescriptor):
-        return argument.base.dtype, *argument.block_shape
+    if isinstance(argument, Described):
+        return argument.tensor.dtype, *argument.block
     return argument

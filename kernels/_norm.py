@@ -16,6 +16,13 @@ from graphfuse.kernels._triton import tl
 MODES = ("inside", "outside", "clamp")
 
 
+def check_root(eps: float, mode: str) -> None:
+    """Raise ValueError unless these are options of `reciprocal_root`."""
+    _op.check_choice("mode", mode, MODES)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected 0 or a positive number, got {eps}")
+
+
 def reciprocal_root(h: Tensor, eps: float, mode: str) -> Tensor:  # (..., D) -> (..., 1)
     """Return what rows are multiplied by, differentiably."""
     if mode == "inside":

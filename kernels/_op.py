@@ -45,12 +45,21 @@ def refuse_second_derivative(op: str) -> None:
         raise RuntimeError(f"create_graph: expected False, {op} has no second derivative, got True")
 
 
-def check_dtypes(**operands: Operand) -> None:
-    """Raise TypeError unless all dtypes are known."""
+def check_operands(**operands: Operand) -> None:
+    """Raise TypeError unless all dtypes are known, ValueError unless all tensors are on one device."""
     for name, operand in operands.items():
         dtype = operand.dtype if isinstance(operand, Tensor) else operand
         if dtype is not None and dtype not in DTYPES:
             raise TypeError(f"{name}: expected fp16, bf16, fp32 or fp64, got {dtype}")
+    check_device(**{name: operand for name, operand in operands.items() if isinstance(operand, Tensor)})
+
+
+def check_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all that are given are on the device of the first one."""
+    (first, device), *others = ((name, tensor.device) for name, tensor in tensors.items() if tensor is not None)
+    for name, other in others:
+        if other != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, as {first}, got one on {other}")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

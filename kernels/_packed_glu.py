@@ -180,7 +180,7 @@ def packed_glu(
     if packed.ndim == 0 or packed.shape[-1] % 2:
         raise ValueError(f"packed: expected an even number of features, got shape {tuple(packed.shape)}")
     _op.check_choice("packing", packing, PACKINGS)
-    _op.check_dtypes(packed=packed, out_dtype=out_dtype)
+    _op.check_operands(packed=packed, out_dtype=out_dtype)
     check_options(activation, up_limit)
     options = (activation, alpha, gate_max, up_limit, up_offset)
     y: Tensor = torch.ops.graphfuse.packed_glu(packed, packing, *options, out_dtype)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ TILE = 4096  # elements of a program: four 16-byte loads a thread in bf16
 NUM_WARPS = 4
 SPREAD = True  # whether tables are loaded as x is, by every head: from the cache, and no thread waits for another
 MAX_TOKEN_DIMS = 3  # that the kernel can tell apart
+MAX_HEADS = 2**31 - 2**16  # of all tokens: they are counted in int32, and a tile may run over the end
 MAX_IDLE = 4 / 3  # room for heads in all programs, over heads there are
 
 
@@ -88,7 +90,10 @@ def plan_walk(
     sin: Table,
     head_dim: int | None = None,
 ) -> Walk | None:
-    """Choose the heads, unless that is done, and fold the other leading dims; None if too many are left."""
+    """Choose the heads, unless that is done, and fold the other leading dims; None if too many are left.
+
+    That, or more heads than the kernels can count.
+    """
     width = cos[0][-1]
     tables = [broadcast(*table, (*shape[:-1], width)) for table in (cos, sin)]
     leading = list(zip(shape[:-1], *(stride[:-1] for stride in (*strides, *tables)), strict=True))
@@ -102,7 +107,7 @@ def plan_walk(
         size, *steps = leading.pop(head_dim)
         heads = (size, tuple(steps))
         tokens = fold(*zip(*leading, strict=True)) if leading else []
-    if len(tokens) > MAX_TOKEN_DIMS:
+    if len(tokens) > MAX_TOKEN_DIMS or math.prod(shape[:-1]) > MAX_HEADS:
         return None
     tokens = [nothing] * (MAX_TOKEN_DIMS - len(tokens)) + tokens
     walks = list(zip(*(steps for _, steps in tokens), strict=True))

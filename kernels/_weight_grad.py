@@ -43,6 +43,9 @@ SUM_TOP = 2.0**15  # what the sum would become if the largest gradients and feat
 
 LARGEST_LSE = 1024.0  # a z-loss alone overflows at logits of twice this
 
+# Of features that are nearly 0, of which infinity would make NaN. What is below the last digit, 2**-144, is 0 in bf16.
+LARGEST_SCALE = 2.0**120
+
 
 def weight_grad(
     weight: Tensor,
@@ -100,7 +103,7 @@ class HalfSum:
         # Powers of two cost no bits. One after the other: their product may be too large for fp32.
         largest = torch.linalg.vector_norm(hidden, float("inf"), dim=0).float()
         most = 2.0 ** (max(hidden.shape[0], 1) - 1).bit_length()
-        self.scale = SUM_TOP / most / power_of_two(top) / power_of_two(largest)
+        self.scale = (SUM_TOP / most / power_of_two(top) / power_of_two(largest)).clamp(max=LARGEST_SCALE)
 
     def add(self, grad: Tensor, x: Tensor, *, is_last: bool) -> None:
         """Add the product of `grad`, (C, V), the gradient of a chunk of logits, and `x`, (C, H)."""

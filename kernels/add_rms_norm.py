@@ -256,7 +256,7 @@ def add_rms_norm(
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
     total_dtype, out_dtype = torch.promote_types(x.dtype, residual.dtype), out_dtype or x.dtype
-    _check(x, residual, weight, mode, normalized_dtype, out_dtype)
+    _check(x, residual, weight, eps, mode, normalized_dtype, out_dtype)
     dtypes = (normalized_dtype, total_dtype, out_dtype)
     total, y = torch.ops.graphfuse.add_rms_norm(x, residual, weight, eps, gain, offset, mode, *dtypes)
     return total, y
@@ -301,7 +301,7 @@ def rms_norm_add(
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
     out_dtype = out_dtype or x.dtype
-    _check(x, residual, weight, mode, normalized_dtype, out_dtype)
+    _check(x, residual, weight, eps, mode, normalized_dtype, out_dtype)
     dtypes = (normalized_dtype, out_dtype, torch.promote_types(out_dtype, residual.dtype))
     y: Tensor = torch.ops.graphfuse.rms_norm_add(x, residual, weight, eps, gain, offset, mode, *dtypes)
     return y
@@ -311,13 +311,14 @@ def _check(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
+    eps: float,
     mode: str,
     normalized_dtype: torch.dtype,
     out_dtype: torch.dtype,
 ) -> None:
-    _op.check_dtypes(x=x, residual=residual, weight=weight, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
+    _op.check_operands(x=x, residual=residual, weight=weight, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
     _op.check_has_dims(x)
     if residual.shape != x.shape:
         raise ValueError(f"residual: expected shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     _op.check_vectors(x.shape[-1], weight=weight)
-    _op.check_choice("mode", mode, _norm.MODES)
+    _norm.check_root(eps, mode)

@@ -228,7 +228,8 @@ def cross_entropy(
     """
     check_loss(reduction, label_smoothing, logits_dtype)
     check_softcap(softcap)
-    _op.check_dtypes(logits=logits, class_weight=class_weight)
+    _op.check_operands(logits=logits, class_weight=class_weight)
+    _op.check_device(logits=logits, target=target)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected a last dimension of at least 1 class, got shape {tuple(logits.shape)}")
     check_target(target, logits.shape[:-1])

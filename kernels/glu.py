@@ -299,7 +299,7 @@ def glu(
     out_dtype = out_dtype or gate.dtype
     if up.shape != gate.shape:
         raise ValueError(f"up: expected shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    _op.check_dtypes(gate=gate, up=up, out_dtype=out_dtype)
+    _op.check_operands(gate=gate, up=up, out_dtype=out_dtype)
     check_options(activation, up_limit)
     options = (activation, alpha, gate_max, up_limit, up_offset)
     y: Tensor = torch.ops.graphfuse.glu(gate, up, *options, out_dtype)

@@ -289,7 +289,7 @@ def layer_norm(
             be seen as three, as those of heads cut out of one projection and transposed can.
         weight: (D,), any of these dtypes, or None: then it is no factor.
         bias: (D,), any of these dtypes, or None: then it is no term.
-        eps: Positive; where it stands, see `mode`.
+        eps: 0 or more; where it stands, see `mode`.
         gain: Factor of `rstd`.
         offset: Added to `weight`.
         mode: What `rstd` is, of the biased variance: "inside", gain / sqrt(variance + eps),
@@ -311,10 +311,10 @@ def layer_norm(
     Source: Ba, Kiros & Hinton 2016, https://arxiv.org/abs/1607.06450
     """
     out_dtype = out_dtype or x.dtype
-    _op.check_dtypes(x=x, weight=weight, bias=bias, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
+    _op.check_operands(x=x, weight=weight, bias=bias, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
     _op.check_has_dims(x)
     _op.check_vectors(x.shape[-1], weight=weight, bias=bias)
-    _op.check_choice("mode", mode, _norm.MODES)
+    _norm.check_root(eps, mode)
     options = (eps, gain, offset, mode, normalized_dtype, out_dtype)
     y: Tensor = torch.ops.graphfuse.layer_norm(x, weight, bias, *options)
     return y

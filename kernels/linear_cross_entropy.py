@@ -31,7 +31,7 @@ from graphfuse.kernels._loss import (
     reduced,
     reject_transforms,
 )
-from graphfuse.kernels._op import DTYPES, compute_dtype
+from graphfuse.kernels._op import DTYPES, check_device, compute_dtype
 from graphfuse.kernels._softmax_grad import NO_TARGET
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_reference", "linear_log_probs"]
@@ -234,14 +234,16 @@ def prepare(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias, low_hidden, low_weight = (None if t is None else t.to(dtype) for t in (bias, low_hidden, low_weight))
     _check(hidden, weight, target, bias, class_weight)
+    given = {"hidden": hidden, "weight": weight, "target": target, "bias": bias, "class_weight": class_weight}
+    check_device(**given, low_rank=low_hidden)
     if low_hidden is not None and low_weight is not None:
         _check_low_rank(low_hidden, low_weight, hidden, weight)
-        low_hidden = low_hidden.reshape(-1, low_hidden.shape[-1])
+        low_hidden = low_hidden.reshape(target.numel(), low_hidden.shape[-1])
     check_softcap(softcap)
     if chunk_size is not None and chunk_size < 0:
         raise ValueError(f"chunk_size: expected None or a number of tokens, got {chunk_size}")
     reject_transforms(hidden, weight, bias, low_hidden, low_weight)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(target.numel(), hidden.shape[-1])
     options = (logit_scale, softcap or 0.0, chunk_size or 0, compact)
     return _Head(rows, weight, bias, low_hidden, low_weight, target.shape, options)
 
@@ -255,6 +257,8 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
         raise ValueError("hidden: expected at least 1 dimension, got 0")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least 1 class, got shape {tuple(weight.shape)}")
     check_target(target, hidden.shape[:-1])
     if bias is not None and bias.dtype != hidden.dtype:
         raise TypeError(f"bias: expected {hidden.dtype}, the dtype of hidden, got {bias.dtype}")

@@ -246,8 +246,8 @@ def norm_rope(
     """
     out_dtype, rotated_dtype, out_layout = out_dtype or x.dtype, rotated_dtype or x.dtype, out_layout or layout
     given: dict[str, _op.Operand] = {"x": x, "weight": weight, "cos": cos, "sin": sin}
-    _op.check_dtypes(**given, normalized_dtype=normalized_dtype, rotated_dtype=rotated_dtype, out_dtype=out_dtype)
-    _op.check_choice("mode", mode, _norm.MODES)
+    _op.check_operands(**given, normalized_dtype=normalized_dtype, rotated_dtype=rotated_dtype, out_dtype=out_dtype)
+    _norm.check_root(eps, mode)
     check_layouts(layout, out_layout, table)
     check_shapes(x, cos, sin, table, start)
     rotated = cos.shape[-1] * (2 if table == "shared" else 1)

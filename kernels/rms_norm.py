@@ -279,7 +279,7 @@ def rms_norm(
         x: (..., D), fp16, bf16, fp32 or fp64. Any strides; without a copy if its leading dims can
             be seen as three, as those of heads cut out of one projection and transposed can.
         weight: (D,), any of these dtypes, or None: then y = round(x * rstd).
-        eps: Positive; where it stands, see `mode`.
+        eps: 0 or more; where it stands, see `mode`.
         gain: Factor of `rstd`.
         offset: Added to `weight`.
         mode: What `rstd` is, of mean = mean(x ** 2, -1): "inside", gain / sqrt(mean + eps),
@@ -300,10 +300,10 @@ def rms_norm(
     Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
     """
     out_dtype = out_dtype or x.dtype
-    _op.check_dtypes(x=x, weight=weight, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
+    _op.check_operands(x=x, weight=weight, normalized_dtype=normalized_dtype, out_dtype=out_dtype)
     _op.check_has_dims(x)
     _op.check_vectors(x.shape[-1], weight=weight)
-    _op.check_choice("mode", mode, _norm.MODES)
+    _norm.check_root(eps, mode)
     options = (eps, gain, offset, mode, normalized_dtype, out_dtype)
     y: Tensor = torch.ops.graphfuse.rms_norm(x, weight, *options)
     return y

@@ -236,7 +236,7 @@ def rope(
     """
     out_layout = out_layout or layout
     out_dtype = out_dtype or x.dtype
-    _op.check_dtypes(x=x, cos=cos, sin=sin, out_dtype=out_dtype)
+    _op.check_operands(x=x, cos=cos, sin=sin, out_dtype=out_dtype)
     check_layouts(layout, out_layout, table)
     check_shapes(x, cos, sin, table, start)
     args = (layout, out_layout, table, reverse, start, out_dtype)
@@ -268,5 +268,7 @@ def check_shapes(x: Tensor, cos: Tensor, sin: Tensor, table: str, start: int) ->
     if features == 0 or features % 2:
         raise ValueError(f"cos: expected an even number of features to rotate, got {features}")
     room = x.shape[-1] - features
+    if room < 0:
+        raise ValueError(f"cos: expected at most {x.shape[-1]} features to rotate, got {features}")
     if not 0 <= start <= room:
         raise ValueError(f"start: expected at least 0 and at most {room}, got {start}")

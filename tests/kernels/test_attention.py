@@ -66,7 +66,12 @@ def test_a_kernel_by_its_name_is_no_worse(device, dtype, groups, is_causal, kern
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_passes_opcheck(device, is_causal):
-    torch.library.opcheck(torch.ops.graphfuse.attention, (*heads(device, 2), is_causal, 0.25, "flash"))
+    q, k, v = heads(device, 2)
+    torch.library.opcheck(torch.ops.graphfuse.attention, (q, k, v, is_causal, 0.25, "flash"))
+    states = [x.detach() for x in (q, k, v)]
+    out, lse = torch.ops.graphfuse.attention(*states, is_causal, 0.25, "flash")
+    inputs = (torch.randn_like(out), *states, is_causal, out, lse, 0.25, "flash")
+    torch.library.opcheck(torch.ops.graphfuse.attention_backward, inputs)
 
 
 @pytest.mark.parametrize("permute", [(0, 1, 2, 3), (0, 2, 1, 3)])

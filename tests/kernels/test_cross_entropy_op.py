@@ -164,6 +164,7 @@ def test_losses_without_gradients_are_left_out(device):
         ),
         ({"target": torch.zeros(5)}, TypeError, r"target: expected int64 or int32, got torch.float32"),
         ({"target": torch.zeros(6).long()}, ValueError, r"target: expected shape \(5,\), got \(6,\)"),
+        ({"target": torch.zeros(5, device="meta").long()}, ValueError, r"target: .* cpu, as logits, got one on meta"),
         ({"class_weight": torch.zeros(7, 1)}, ValueError, r"class_weight: expected shape \(7,\), got \(7, 1\)"),
         ({"class_weight": torch.zeros(7).long()}, TypeError, r"class_weight: expected fp16, .* got torch.int64"),
         ({"reduction": "max"}, ValueError, r"reduction: expected one of mean, sum, none, got max"),

@@ -113,6 +113,13 @@ def test_no_tokens(reduction, path, device):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
+def test_no_features(path, device):
+    hidden, weight = (torch.empty(n, 0, device=device, requires_grad=True) for n in (5, 7))
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(5, dtype=torch.int64, device=device))
+    assert loss.item() == pytest.approx(math.log(7))
+    loss.backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("reduction", "expected"), [("mean", math.nan), ("sum", 0.0)])
 def test_no_token_counts(reduction, expected, dtype, path, device):

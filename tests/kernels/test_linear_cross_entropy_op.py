@@ -167,6 +167,8 @@ def test_vmap_is_right(reduction, device):
         ({"hidden": torch.tensor(0.0)}, ValueError, r"hidden: expected at least 1 dimension, got 0"),
         ({"weight": torch.zeros(7, 3)}, ValueError, r"weight: expected shape \(V, 4\), got \(7, 3\)"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight: expected shape \(V, 4\), got \(7,\)"),
+        ({"weight": torch.zeros(0, 4)}, ValueError, r"weight: expected at least 1 class, got shape \(0, 4\)"),
+        ({"target": torch.zeros(5, device="meta").long()}, ValueError, r"target: .* cpu, as hidden, got one on meta"),
         ({"weight": torch.zeros(7, 4).half()}, TypeError, r"weight: expected torch.float32, .* got torch.float16"),
         ({"target": torch.zeros(5)}, TypeError, r"target: expected int64 or int32, got torch.float32"),
         ({"target": torch.zeros(6).long()}, ValueError, r"target: expected shape \(5,\), got \(6,\)"),

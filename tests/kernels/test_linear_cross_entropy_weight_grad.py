@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from graphfuse.kernels import _weight_grad
+from graphfuse.kernels import _half_product, _weight_grad
 from graphfuse.kernels._half_product import add_product
-from graphfuse.kernels._triton import HAS_TRITON
+from graphfuse.kernels._triton import HAS_TRITON, TensorDescriptor
 from graphfuse.kernels._weight_grad import HalfSum, WideSum
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -104,6 +104,19 @@ def test_half_sum_keeps_features_of_any_size(device):
 
 
 @pytest.mark.usefixtures("sums_in_half")
+@pytest.mark.parametrize("size", [2.0**-126, 2.0**-132], ids=["smallest", "subnormal"])
+def test_half_sum_takes_features_of_no_size(size, device):
+    """What would be the scale of a feature that is nearly dead is no fp32 number."""
+    hidden, weight, target = head(device, 0.02)
+    with torch.no_grad():
+        hidden[:, 3] = size
+    found = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, chunk_size=CHUNK), weight)[0]
+    assert found.isfinite().all()
+    assert found[:, 3].abs().max() <= size
+    assert found[:, :3].any(0).all()
+
+
+@pytest.mark.usefixtures("sums_in_half")
 def test_half_sum_of_nothing_is_zero(device):
     hidden, weight, target = head(device, 0.3)
     loss = linear_cross_entropy(hidden, weight, target.fill_(-100), chunk_size=CHUNK, compact=False)
@@ -152,3 +165,32 @@ def test_kernel_takes_rows_of_any_distance(device):
     total = torch.empty(40, 24, dtype=torch.float16, device=device)
     add_product(total, grad, wide[:, 1:], scale, is_first=True, is_last=True)
     torch.testing.assert_close(total.view(dtype).float(), truth, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_kernel_is_given_rows_that_do_not_overlap(device, monkeypatch):
+    """The GPU's copy engine takes no rows that stand in the same memory."""
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    described = []
+
+    def describe(base, shape, strides, block):
+        described.append((shape, strides))
+        return TensorDescriptor(base, shape, strides, block)
+
+    monkeypatch.setattr(_half_product, "TensorDescriptor", describe)
+    grad, x = padded(torch.randn(20, 40, device=device).to(dtype)), torch.randn(24, device=device).to(dtype)
+    total = torch.empty(40, 24, dtype=torch.float16, device=device)
+    add_product(total, grad, x.expand(20, 24), torch.ones(24, device=device), is_first=True, is_last=True)
+    truth = grad.float().t() @ x.expand(20, 24).float()
+    torch.testing.assert_close(total.view(dtype).float(), truth, rtol=2**-7, atol=2**-7)
+    assert all(strides[0] >= shape[1] for shape, strides in described)
+
+
+@pytest.mark.parametrize(("capability", "largest"), [((8, 6), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)])
+def test_tiles_fit_in_shared_memory(capability, largest, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for features in (8, 128, 4096):
+        tile = _half_product._tile.__wrapped__(features, 0)
+        factors = tile["num_stages"] * tile["BLOCK_C"] * (tile["BLOCK_V"] + tile["BLOCK_H"])
+        halves = tile["BLOCK_V"] * tile["BLOCK_H"] // 2  # on their way out
+        assert 2 * (factors + halves) <= largest * 1024

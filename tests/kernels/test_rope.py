@@ -245,6 +245,8 @@ ERRORS = [
     ({"sin": torch.ones(5, 2)}, ValueError, f"sin: {TABLE} (5, 4), got shape (5, 2)"),
     ({"sin": torch.ones(1, 5, 4)}, ValueError, f"sin: {TABLE} (5, 4), got shape (1, 5, 4)"),
     ({"cos": ONES[:3], "sin": ONES[:3]}, ValueError, "cos: expected an even number of features"),
+    ({"cos": ONES.repeat(3), "sin": ONES.repeat(3)}, ValueError, "cos: expected at most 8 features to rotate, got 12"),
+    ({"sin": ONES.to("meta")}, ValueError, "sin: expected a tensor on cpu, as x, got one on meta"),
     ({"start": 5}, ValueError, "start: expected at least 0 and at most 4, got 5"),
     ({"start": -1}, ValueError, "start: expected at least 0 and at most 4, got -1"),
     ({"table": "shared", "start": 1}, ValueError, "at least 0 and at most 0, got 1"),
@@ -263,6 +265,12 @@ def test_refuses_trained_tables():
     x, cos, sin = problem("cpu")
     with pytest.raises(RuntimeError, match=f"sin: {module.NO_GRADIENT}"):
         torch.ops.graphfuse.rope(x, cos, sin.requires_grad_(), *PLAIN, x.dtype)
+
+
+def test_leaves_more_heads_than_it_counts_to_the_reference():
+    for heads, is_walked in ((kernel.MAX_HEADS, True), (kernel.MAX_HEADS + 1, False)):
+        walk = kernel.plan_walk((heads, 2), ((2, 1), (2, 1)), ((2,), (1,)), ((2,), (1,)))
+        assert (walk is not None) == is_walked
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from torch._dynamo.utils import dynamo_timed
 from graphfuse import logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.buckets import split_of
+from graphfuse.certify import rehearse, runs_kernels
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
@@ -37,6 +38,8 @@ from graphfuse.replay import record as record_shadow
 from graphfuse.reporting import Site
 from graphfuse.rewrite import hoist, rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of
+
+Found = dict[Shadow, list[tuple[Pattern, Match | Refusal]]]
 
 logs.set_up()
 ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
@@ -165,7 +168,9 @@ def rewrite_graph(
         shadow = record_shadow(graph_module, example_inputs)
     with shadow.without_guards():
         outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
-    taken = _rewrite_shadow(shadow, chosen, graph_record, config)
+    found = _find(shadow, chosen)
+    _rehearse(found)
+    taken = _rewrite_shadow(shadow, found, graph_record, config)
     with shadow.without_guards():
         plan = lazy_outputs.settle(outputs, shadow, taken)
     for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
@@ -174,31 +179,53 @@ def rewrite_graph(
     return plan
 
 
-def _rewrite_shadow(
-    shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord, config: Config
-) -> set[Value]:
-    taken: set[Value] = set()  # values that a rewritten region has made disappear
-    decisions: list[Decision] = []
+def _find(shadow: Shadow, patterns: Sequence[Pattern]) -> Found:
+    """What the patterns say of a graph and of the bodies in it, in the order in which they are asked."""
+    found: Found = {shadow: []}
     for pattern in patterns:
         with shadow.without_guards(), dynamo_timed("graphfuse.match"):
-            found_here = list(pattern.find(shadow))
-        for found in found_here:
-            if isinstance(found, Refusal):
-                decide(decisions, found, {found.anchor})
-                continue
-            region = shadow.cone(found.outputs, found.inputs)
-            if taken.isdisjoint(region):
-                with _uncounted(pattern):
-                    with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
-                        evidence = gather(found, shadow, pattern.why)
-                    refusal = _uncapturable(found, config) or left_to_inductor(found, config) or rewrite(found, shadow)
-                decide(decisions, refusal or found, region, evidence)
-                if refusal is None:
-                    taken.update(region)
+            found[shadow] += [(pattern, match) for match in pattern.find(shadow)]
+    for body in shadow.bodies:
+        found |= _find(body, patterns)
+    return found
+
+
+def _rehearse(found: Found) -> None:
+    """Have the kernels of all proofs compiled side by side, before the first proof waits for its own."""
+    taken: set[Value] = set()
+    for shadow, of_shadow in found.items():
+        with shadow.without_guards(), dynamo_timed("graphfuse.rehearse"):
+            for pattern, match in of_shadow:
+                if isinstance(match, Match) and runs_kernels(match):
+                    region = shadow.cone(match.outputs, match.inputs)
+                    if taken.isdisjoint(region):
+                        taken.update(region)
+                        with _uncounted(pattern):
+                            rehearse(match, shadow)
+
+
+def _rewrite_shadow(shadow: Shadow, found: Found, graph_record: GraphRecord, config: Config) -> set[Value]:
+    taken: set[Value] = set()  # values that a rewritten region has made disappear
+    decisions: list[Decision] = []
+    for pattern, match in found[shadow]:
+        if shadow.is_gone(match.anchor):
+            continue
+        if isinstance(match, Refusal):
+            decide(decisions, match, {match.anchor})
+            continue
+        region = shadow.cone(match.outputs, match.inputs)
+        if taken.isdisjoint(region):
+            with _uncounted(pattern):
+                with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
+                    evidence = gather(match, shadow, pattern.why)
+                refusal = _uncapturable(match, config) or left_to_inductor(match, config) or rewrite(match, shadow)
+            decide(decisions, refusal or match, region, evidence)
+            if refusal is None:
+                taken.update(region)
     for decision in decisions:
         graph_record.add(decision.found, decision.evidence, decision.others)
     for body in shadow.bodies:
-        _rewrite_shadow(body, patterns, graph_record, config)
+        _rewrite_shadow(body, found, graph_record, config)
     return taken
 
 

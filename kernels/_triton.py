@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _ahead
+
 try:
     import triton
     import triton.language as tl
@@ -45,7 +47,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on the device of its first argument, a tensor.
+    """Launch a kernel on the device of its first argument, a tensor; if that is fake, have it compiled ahead.
 
     Args:
         kernel: A function that `triton.jit` was applied to.
@@ -53,8 +55,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         args: Its first arguments.
         options: The others, which are constants, and options of the compiler.
     """
+    if _ahead.is_fake(args[0]):
+        _ahead.hand_over(kernel, args, options)
+        return
     index = args[0].get_device()
     if index < 0:  # in Triton's interpreter
+        _ahead.wait_for(kernel, args, options)
         kernel[grid](*args, **options)
         return
     if index != torch.cuda.current_device():
@@ -66,6 +72,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         compiled, constants = _compiled[key]
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
         return
+    _ahead.wait_for(kernel, args, options)
     compiled = kernel[grid](*args, **options)
     if len(_compiled) >= MAX_COMPILED:
         _compiled.clear()

@@ -14,8 +14,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.utils._pytree import tree_leaves
 
+from graphfuse.kernels import _op
 from graphfuse.kernels._ahead import ahead, has_processes
-from graphfuse.kernels._op import launches
 
 
 def compile_ahead(graph: fx.Graph) -> None:
@@ -28,7 +28,7 @@ def compile_ahead(graph: fx.Graph) -> None:
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             call = (node.target, *map(_like, leaves))
             is_known = tensors and not any(map(_is_symbolic, leaves))
-            if call not in called and is_known and launches(*tensors) and has_processes():
+            if call not in called and is_known and _op.launches(*tensors) and has_processes():
                 called.add(call)
                 with torch.no_grad(), ahead(detect_fake_mode(tensors)):
                     node.target(*args, **kwargs)

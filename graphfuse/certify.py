@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, exact_dtype, fingerprint, roots, small_sizes
+from graphfuse.kernels import _op
 from graphfuse.kernels._ahead import ahead, has_processes
-from graphfuse.kernels._op import launches
 from graphfuse.match import Match
 from graphfuse.shadow import Shadow, Value
 
@@ -76,7 +76,7 @@ def prove(match: Match, shadow: Shadow) -> Proof:
 
 def runs_kernels(match: Match) -> bool:
     """Whether the proof runs kernels that could be compiled ahead of it."""
-    return launches(match.anchor.tensor) and has_processes()
+    return _op.launches(match.anchor.tensor) and has_processes()
 
 
 def rehearse(match: Match, shadow: Shadow) -> None:

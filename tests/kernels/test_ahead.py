@@ -1,0 +1,53 @@
+"""Kernels are compiled in other processes before they are launched, and by the launch where that cannot be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphfuse.kernels._ahead import address
+from graphfuse.kernels._triton import HAS_TRITON
+
+
+def cold_steps(*lost, **variables):
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", **variables}
+    environment.pop("TRITON_INTERPRET", None)
+    worker = Path(__file__).with_name("cold.py")
+    command = [sys.executable, worker, "lost", *lost]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = [json.loads(line) for line in run.stdout.splitlines()]
+    assert sum(first["rewritten"].values()) >= 8
+    assert first["rewritten"] == second["rewritten"]
+    return first, second
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_launches_find_what_other_processes_compiled():
+    for step in cold_steps():  # the second one in a cache that the processes did not start with
+        assert step["compiled"] == []
+        assert len(step["found"]) > 15
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+@pytest.mark.parametrize("lost", ["processes", "jobs", "results"])
+def test_launches_compile_what_nobody_else_did(lost):
+    for step in cold_steps(lost):
+        assert step["found"] == []
+        assert len(step["compiled"]) > 15
+
+
+def test_fake_tensors_lie_where_real_ones_might():
+    with FakeTensorMode():
+        x, other = torch.empty(4, 8, dtype=torch.bfloat16), torch.empty(4, 8, dtype=torch.bfloat16)
+        assert address(x) % 16 == 0
+        assert address(x[:, 1:]) == address(x) + 2
+        assert address(x[1]) == address(x) + 16
+        assert address(other) not in range(address(x), address(x) + 64)
+    real = torch.empty(4)
+    assert address(real) == real.data_ptr()

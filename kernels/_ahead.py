@@ -61,7 +61,7 @@ class _Direct(TorchDispatchMode):
 def ahead(mode: FakeTensorMode | None = None) -> Iterator[None]:
     """Where ops are run on fake tensors to have their kernels compiled, and what goes wrong is of no importance."""
     try:
-        with mode or FakeTensorMode(allow_non_fake_inputs=True), _Direct():
+        with mode or FakeTensorMode(allow_non_fake_inputs=True), _Direct():  # type: ignore[no-untyped-call]
             yield
     except Exception as error:
         log.debug("kernels are compiled when they are launched: %s", error, exc_info=error)
@@ -88,7 +88,7 @@ def address(tensor: Tensor) -> int:
     if not is_fake(tensor):
         return tensor.data_ptr()
     begin: int = tensor.untyped_storage()._cdata * 16
-    return begin + tensor.storage_offset() * tensor.element_size()
+    return begin + int(tensor.storage_offset()) * tensor.element_size()
 
 
 class _Pointer:
@@ -98,10 +98,12 @@ class _Pointer:
         self.dtype, self.address = tensor.dtype, address(tensor)
 
     def data_ptr(self) -> int:
+        """Where it begins."""
         return self.address
 
     def ptr_range(self) -> int:
-        return 0  # AMD's compiler asks: as of any tensor that is small enough
+        """What AMD's compiler asks: as of any tensor that is small enough."""
+        return 0
 
 
 def hand_over(kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:

@@ -1,9 +1,10 @@
-"""Compile training steps for an H200 from empty caches, on a machine that has none, and say where kernels were compiled.
+"""Compile training steps for an H200 from empty caches, without one, and say where kernels were compiled.
 
-    python tests/kernels/cold.py lost processes
+    python tests/kernels/cold.py inductor inductor
+    python tests/kernels/cold.py aot_eager without results
 
-Prints a line of JSON for each of two steps, every one with caches of its own. Names that are given take something away:
-"processes" (none are started), "jobs" (they are refused), "results" (jobs fail).
+Prints a line of JSON for each step, by that inner backend and with caches of its own. To be without: "jobs"
+(they are refused) and "results" (jobs fail).
 """
 
 from __future__ import annotations
@@ -25,23 +26,12 @@ from graphfuse import certify
 from graphfuse.bench.matching import Decoder
 from graphfuse.kernels import _ahead, _triton
 
-LAYERS = 2
 
+class _Closed:
+    """A pool that takes no jobs."""
 
-def _take_away(lost: set[str]) -> None:
-    pool = async_compile.AsyncCompile.process_pool
-
-    class Refusing:
-        def submit(self, *_: Any) -> None:
-            raise RuntimeError("Attempting to use a closed pool")
-
-    if "processes" in lost:
-        torch._inductor.config.compile_threads = 1
-    if "jobs" in lost:
-        async_compile.AsyncCompile.process_pool = lambda: Refusing()
-    if "results" in lost:
-        _ahead.compile_here = divmod  # which takes no such arguments, where the job runs
-    assert pool is not None
+    def submit(self, *_: Any) -> None:
+        raise RuntimeError("Attempting to use a closed pool")
 
 
 def _forget() -> None:
@@ -55,9 +45,13 @@ def _forget() -> None:
 
 
 def main() -> None:
-    """Two steps of a small decoder in bf16."""
+    """One layer in bf16, a step for each inner backend."""
     hopper.pretend()
-    _take_away(set(sys.argv[2:]))
+    *inners, lost = sys.argv[1:] if "without" in sys.argv else [*sys.argv[1:], ""]
+    if lost == "jobs":
+        async_compile.AsyncCompile.process_pool = _Closed
+    if lost == "results":
+        _ahead.compile_here = divmod  # which takes no such arguments, where the job runs
     # Nothing is computed, so nothing can be compared.
     certify._Trial._compare_real = lambda trial, drawn, device: trial._both(drawn, exact=False, device=device) and None
     compiled: list[str] = []
@@ -65,12 +59,12 @@ def main() -> None:
     knobs.compilation.listener = lambda *, src, cache_hit, **_: (found if cache_hit else compiled).append(src.name)
     torch.set_default_dtype(torch.bfloat16)
     tokens = torch.randint(512, (2, 64))
-    for _ in range(2):
+    for inner in (name for name in inners if name != "without"):
         _forget()
         compiled.clear()
         found.clear()
         with fresh_cache():
-            step = graphfuse.optimize(Decoder(LAYERS).forward, strict=True)
+            step = graphfuse.optimize(Decoder(1).forward, inner=inner, strict=True)
             start = time.perf_counter()
             step(tokens).backward()
             seconds = time.perf_counter() - start

@@ -14,32 +14,37 @@ from graphfuse.kernels._ahead import address
 from graphfuse.kernels._triton import HAS_TRITON
 
 
-def cold_steps(*lost, **variables):
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2", **variables}
+def cold_steps(*arguments, processes=2):
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(processes)}
     environment.pop("TRITON_INTERPRET", None)
     worker = Path(__file__).with_name("cold.py")
-    command = [sys.executable, worker, "lost", *lost]
+    command = [sys.executable, worker, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    first, second = [json.loads(line) for line in run.stdout.splitlines()]
-    assert sum(first["rewritten"].values()) >= 8
-    assert first["rewritten"] == second["rewritten"]
-    return first, second
+    steps = [json.loads(line) for line in run.stdout.splitlines()]
+    assert all(sum(step["rewritten"].values()) >= 6 for step in steps)
+    return steps
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_launches_find_what_other_processes_compiled():
-    for step in cold_steps():  # the second one in a cache that the processes did not start with
-        assert step["compiled"] == []
-        assert len(step["found"]) > 15
+    first, second = cold_steps("inductor", "aot_eager")
+    assert first["compiled"] == []
+    assert len(first["found"]) > 15
+    # In a cache that the processes did not start with. Only the proofs' kernels are compiled ahead.
+    assert len(second["found"]) > 8
+    assert len(second["compiled"]) < len(second["found"])
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-@pytest.mark.parametrize("lost", ["processes", "jobs", "results"])
-def test_launches_compile_what_nobody_else_did(lost):
-    for step in cold_steps(lost):
-        assert step["found"] == []
-        assert len(step["compiled"]) > 15
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [(1, ["aot_eager"]), (2, ["aot_eager", "without", "jobs"]), (2, ["aot_eager", "without", "results"])],
+)
+def test_launches_compile_what_nobody_else_did(processes, arguments):
+    (step,) = cold_steps(*arguments, processes=processes)
+    assert step["found"] == []
+    assert len(step["compiled"]) > 12
 
 
 def test_fake_tensors_lie_where_real_ones_might():

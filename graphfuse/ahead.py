@@ -6,6 +6,8 @@ that are not known leave their kernels to the first launch.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 import torch
@@ -14,24 +16,31 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import has_free_symbols
 from torch.utils._pytree import tree_leaves
 
-from graphfuse.kernels import _op
-from graphfuse.kernels._ahead import ahead, has_processes
+log = logging.getLogger("graphfuse")
 
 
 def compile_ahead(graph: fx.Graph) -> None:
-    """Have the kernels of graphfuse's ops compiled, of equal calls once."""
+    """Have the kernels of graphfuse's ops compiled, of equal calls once; it fails in silence, as it only saves time."""
     called: set[Any] = set()
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "graphfuse":
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta.get("val"))
-            leaves = tree_leaves((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            call = (node.target, *map(_like, leaves))
-            is_known = tensors and not any(map(_is_symbolic, leaves))
-            if call not in called and is_known and _op.launches(*tensors) and has_processes():
-                called.add(call)
-                with torch.no_grad(), ahead(detect_fake_mode(tensors)):
-                    node.target(*args, **kwargs)
+            try:
+                _call(node, called)
+            except Exception as error:
+                log.debug("kernels of %s are compiled when they are launched: %s", node.target, error)
+
+
+def _call(node: fx.Node, called: set[Any]) -> None:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
+    leaves = tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or any(map(_is_symbolic, leaves)):
+        return
+    call = (node.target, *map(_like, leaves))
+    if call not in called:
+        called.add(call)
+        run = functools.partial(node.target, *args, **kwargs)
+        torch.ops.graphfuse.run_ahead(tensors, detect_fake_mode(tensors), run)
 
 
 def _is_symbolic(argument: Any) -> bool:

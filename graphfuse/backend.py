@@ -22,12 +22,13 @@ from torch._dynamo.utils import dynamo_timed
 from graphfuse import logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.buckets import split_of
-from graphfuse.certify import rehearse, runs_kernels
+from graphfuse.certify import rehearse
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
-from graphfuse.kernels import _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
+from graphfuse.kernels import _op, _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
+from graphfuse.kernels._ahead import ahead, has_processes
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -196,12 +197,12 @@ def _rehearse(found: Found) -> None:
     for shadow, of_shadow in found.items():
         with shadow.without_guards(), dynamo_timed("graphfuse.rehearse"):
             for pattern, match in of_shadow:
-                if isinstance(match, Match) and runs_kernels(match):
+                if isinstance(match, Match) and _op.launches(match.anchor.tensor) and has_processes():
                     region = shadow.cone(match.outputs, match.inputs)
                     if taken.isdisjoint(region):
                         taken.update(region)
                         with _uncounted(pattern):
-                            rehearse(match, shadow)
+                            rehearse(match, shadow, ahead)
 
 
 def _rewrite_shadow(shadow: Shadow, found: Found, graph_record: GraphRecord, config: Config) -> set[Value]:

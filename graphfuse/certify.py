@@ -24,8 +24,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from graphfuse.evaluate import CannotEvaluate, evaluate, exact_dtype, fingerprint, roots, small_sizes
-from graphfuse.kernels import _op
-from graphfuse.kernels._ahead import ahead, has_processes
 from graphfuse.match import Match
 from graphfuse.shadow import Shadow, Value
 
@@ -74,13 +72,8 @@ def prove(match: Match, shadow: Shadow) -> Proof:
     return _proved[key]
 
 
-def runs_kernels(match: Match) -> bool:
-    """Whether the proof runs kernels that could be compiled ahead of it."""
-    return _op.launches(match.anchor.tensor) and has_processes()
-
-
-def rehearse(match: Match, shadow: Shadow) -> None:
-    """Have the kernels of a proof compiled ahead of it, unless that was done."""
+def rehearse(match: Match, shadow: Shadow, ahead: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Run what a proof will, unless that was done, `ahead` of it: on fake tensors, to have its kernels compiled."""
     key, trial = _trial(match, shadow)
     if key not in _proved and key not in _rehearsed:
         _rehearsed.add(key)

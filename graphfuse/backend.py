@@ -22,11 +22,13 @@ from torch._dynamo.utils import dynamo_timed
 from graphfuse import logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.buckets import split_of
+from graphfuse.certify import rehearse
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
-from graphfuse.kernels import _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
+from graphfuse.kernels import _op, _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
+from graphfuse.kernels._ahead import ahead, has_processes
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -37,6 +39,8 @@ from graphfuse.replay import record as record_shadow
 from graphfuse.reporting import Site
 from graphfuse.rewrite import hoist, rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of
+
+Found = dict[Shadow, list[tuple[Pattern, Match | Refusal]]]
 
 logs.set_up()
 ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
@@ -166,7 +170,9 @@ def rewrite_graph(
     with shadow.without_guards():
         outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
     chooses = may_choose(graph_module, config)
-    taken = _rewrite_shadow(shadow, chosen, graph_record, config, chooses=chooses)
+    found = _find(shadow, chosen)
+    _rehearse(found)
+    taken = _rewrite_shadow(shadow, found, graph_record, config, chooses=chooses)
     with shadow.without_guards():
         plan = lazy_outputs.settle(outputs, shadow, taken)
     for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
@@ -175,34 +181,58 @@ def rewrite_graph(
     return plan
 
 
+def _find(shadow: Shadow, patterns: Sequence[Pattern]) -> Found:
+    """What the patterns say of a graph and of the bodies in it, in the order in which they are asked."""
+    found: Found = {shadow: []}
+    for pattern in patterns:
+        with shadow.without_guards(), dynamo_timed("graphfuse.match"):
+            found[shadow] += [(pattern, match) for match in pattern.find(shadow)]
+    for body in shadow.bodies:
+        found |= _find(body, patterns)
+    return found
+
+
+def _rehearse(found: Found) -> None:
+    """Have the kernels of all proofs compiled side by side, before the first proof waits for its own."""
+    taken: set[Value] = set()
+    for shadow, of_shadow in found.items():
+        with shadow.without_guards(), dynamo_timed("graphfuse.rehearse"):
+            for pattern, match in of_shadow:
+                if isinstance(match, Match) and _op.launches(match.anchor.tensor) and has_processes():
+                    region = shadow.cone(match.outputs, match.inputs)
+                    if taken.isdisjoint(region):
+                        taken.update(region)
+                        with _uncounted(pattern):
+                            rehearse(match, shadow, ahead)
+
+
 def _rewrite_shadow(
-    shadow: Shadow, patterns: Sequence[Pattern], graph_record: GraphRecord, config: Config, *, chooses: bool
+    shadow: Shadow, found: Found, graph_record: GraphRecord, config: Config, *, chooses: bool
 ) -> set[Value]:
     taken: set[Value] = set()  # values that a rewritten region has made disappear
     decisions: list[Decision] = []
-    for pattern in patterns:
-        with shadow.without_guards(), dynamo_timed("graphfuse.match"):
-            found_here = list(pattern.find(shadow))
-        for found in found_here:
-            if isinstance(found, Refusal):
-                decide(decisions, found, {found.anchor})
-                continue
-            region = shadow.cone(found.outputs, found.inputs)
-            if taken.isdisjoint(region):
-                refusal = _uncapturable(found, config) or left_to_inductor(found, config)
-                with _uncounted(pattern):
-                    with shadow.without_guards(), dynamo_timed("graphfuse.choose"):
-                        match = settled(found, shadow) if chooses and refusal is None else found
-                    with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
-                        evidence = gather(match, shadow, pattern.why)
-                    refusal = refusal or rewrite(match, shadow)
-                decide(decisions, refusal or match, region, evidence)
-                if refusal is None:
-                    taken.update(region)
+    for pattern, match in found[shadow]:
+        if shadow.is_gone(match.anchor):
+            continue
+        if isinstance(match, Refusal):
+            decide(decisions, match, {match.anchor})
+            continue
+        region = shadow.cone(match.outputs, match.inputs)
+        if taken.isdisjoint(region):
+            refusal = _uncapturable(match, config) or left_to_inductor(match, config)
+            with _uncounted(pattern):
+                with shadow.without_guards(), dynamo_timed("graphfuse.choose"):
+                    chosen = settled(match, shadow) if chooses and refusal is None else match
+                with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
+                    evidence = gather(chosen, shadow, pattern.why)
+                refusal = refusal or rewrite(chosen, shadow)
+            decide(decisions, refusal or chosen, region, evidence)
+            if refusal is None:
+                taken.update(region)
     for decision in decisions:
         graph_record.add(decision.found, decision.evidence, decision.others)
     for body in shadow.bodies:
-        _rewrite_shadow(body, patterns, graph_record, config, chooses=chooses)
+        _rewrite_shadow(body, found, graph_record, config, chooses=chooses)
     return taken
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,10 @@ class Proof:
     """The same of the replacement."""
 
 
+Run = Callable[..., Sequence[Tensor]]  # of a region or a replacement, given what is known of its inputs
+
 _proved: dict[Any, Proof] = {}
+_rehearsed: set[Any] = set()
 
 
 def certify(match: Match, shadow: Shadow) -> str | None:
@@ -62,6 +65,24 @@ def prove(match: Match, shadow: Shadow) -> Proof:
 
     Proofs are kept for the life of the process, under everything that they depend on.
     """
+    key, trial = _trial(match, shadow)
+    if key not in _proved:
+        with _by_itself():
+            _proved[key] = trial.run()
+    return _proved[key]
+
+
+def rehearse(match: Match, shadow: Shadow, ahead: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    """Run what a proof will, unless that was done, `ahead` of it: on fake tensors, to have its kernels compiled."""
+    key, trial = _trial(match, shadow)
+    if key not in _proved and key not in _rehearsed:
+        _rehearsed.add(key)
+        with _by_itself(), ahead():
+            trial.rehearse()
+
+
+def _trial(match: Match, shadow: Shadow) -> tuple[Any, _Trial]:
+    """The proof that a match needs, and what it depends on."""
     region = shadow.cone(match.outputs, match.inputs)
     prefix, leaves = _lead_in(match, shadow)
     ends = [*leaves, *prefix, *region]
@@ -72,15 +93,19 @@ def prove(match: Match, shadow: Shadow) -> Proof:
         tuple(ends.index(value) for value in (*match.inputs, *match.outputs)),
         str(match.anchor.tensor.device),
     )
-    if key not in _proved:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_disable_current_modes())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
-            for device_type in ("cpu", "cuda"):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-            stack.enter_context(torch.inference_mode(False))
-            _proved[key] = _Trial(match, region, prefix, leaves).run()
-    return _proved[key]
+    return key, _Trial(match, region, prefix, leaves)
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    """Outside all modes of the code that is compiled."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device_type in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        yield
 
 
 def proofs() -> int:
@@ -91,6 +116,7 @@ def proofs() -> int:
 def forget() -> None:
     """Drop all proofs (after a kernel was changed in place, as tests do)."""
     _proved.clear()
+    _rehearsed.clear()
 
 
 def _lead_in(match: Match, shadow: Shadow) -> tuple[list[Value], list[Value]]:
@@ -169,6 +195,10 @@ class _Trial:
                 return reason
         return None
 
+    def rehearse(self) -> None:
+        """Run the replacement as the proof will on the device, where tensors are fake."""
+        self._one(self._replacement, self._draw(0), exact=False, device=self.match.anchor.tensor.device)
+
     def _draw(self, case: int) -> list[Tensor]:
         """One tensor for each leaf, in its own dtype, on the CPU."""
         generator = torch.Generator().manual_seed(0)
@@ -197,16 +227,22 @@ class _Trial:
 
     def _both(self, drawn: Sequence[Tensor], *, exact: bool, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs and gradients of the region, then those of the replacement."""
+        return (
+            self._one(self._region, drawn, exact=exact, device=device),
+            self._one(self._replacement, drawn, exact=exact, device=device),
+        )
 
-        def once(run: Callable[[dict[Value, Tensor]], Sequence[Tensor]]) -> list[Tensor]:
-            starts = []
-            for leaf, tensor in zip(self.leaves, drawn, strict=True):
-                dtype = exact_dtype(tensor.dtype) if exact else tensor.dtype
-                start = tensor.to(device=device, dtype=dtype, copy=True)
-                starts.append(start.requires_grad_(leaf.tensor.requires_grad))
+    def _one(self, run: Run, drawn: Sequence[Tensor], *, exact: bool, device: torch.device) -> list[Tensor]:
+        """Outputs and gradients of either."""
+        starts = []
+        for leaf, tensor in zip(self.leaves, drawn, strict=True):
+            dtype = exact_dtype(tensor.dtype) if exact else tensor.dtype
+            start = tensor.to(device=device, dtype=dtype, copy=True)
+            starts.append(start.requires_grad_(leaf.tensor.requires_grad))
+        with torch.set_grad_enabled(all(v.grad_mode for v in self.match.outputs)):
             known = dict(zip(self.leaves, starts, strict=True))
             known = evaluate(self.prefix, known, exact=exact, device=device, sizes=self.sizes)
-            outputs = list(run(known))
+            outputs = list(run(known, exact=exact, device=device))
             wanted = [start for start in starts if start.requires_grad]
             ends = [(o, v) for o, v in zip(outputs, self.match.outputs, strict=True) if o.requires_grad]
             results = [o.detach() for o in outputs]
@@ -217,23 +253,19 @@ class _Trial:
             grads = torch.autograd.grad([o for o, _ in ends], wanted, upstream, allow_unused=True)
             return results + [torch.zeros_like(s) if g is None else g for g, s in zip(grads, wanted, strict=True)]
 
-        def region(known: dict[Value, Tensor]) -> Sequence[Tensor]:
-            results = evaluate(self.region, known, exact=exact, device=device, sizes=self.sizes)
-            return [results[v] for v in self.match.outputs]
+    def _region(self, known: dict[Value, Tensor], *, exact: bool, device: torch.device) -> Sequence[Tensor]:
+        results = evaluate(self.region, known, exact=exact, device=device, sizes=self.sizes)
+        return [results[v] for v in self.match.outputs]
 
-        def replacement(known: dict[Value, Tensor]) -> Sequence[Tensor]:
-            params = dict(self.match.params)
-            if exact:
-                params = tree_map_only(torch.dtype, exact_dtype, params)
-            try:
-                result = self.match.replacement(*(known[v] for v in self.match.inputs), **params)
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise CannotEvaluate(f"expected the replacement to run, got: {error}") from error
-            return result if isinstance(result, (tuple, list)) else [result]
-
-        grad_mode = all(v.grad_mode for v in self.match.outputs)
-        with torch.set_grad_enabled(grad_mode):
-            return once(region), once(replacement)
+    def _replacement(self, known: dict[Value, Tensor], *, exact: bool, device: torch.device) -> Sequence[Tensor]:
+        params = dict(self.match.params)
+        if exact:
+            params = tree_map_only(torch.dtype, exact_dtype, params)
+        try:
+            result = self.match.replacement(*(known[v] for v in self.match.inputs), **params)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise CannotEvaluate(f"expected the replacement to run, got: {error}") from error
+        return result if isinstance(result, (tuple, list)) else [result]
 
     def _coarsest(self) -> float:
         """The rounding of the least precise floating dtype in the region, with room for some of them."""

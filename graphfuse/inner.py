@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
+from graphfuse.ahead import compile_ahead
 from graphfuse.config import Config
 from graphfuse.early import count_early
 from graphfuse.overwrite import name_of, overwrite
@@ -184,6 +185,7 @@ class PostGradPass(Pass):
         if self.overwrites and overwrite(graph):
             # It takes an input that is written over for freed then, and puts off what reads it last.
             torch._inductor.config.reorder_for_peak_memory = False
+        compile_ahead(graph)
 
 
 class JointPass(Pass):

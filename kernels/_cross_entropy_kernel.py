@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._ahead import address
 from graphfuse.kernels._op import compute_dtype
 from graphfuse.kernels._softmax_device import (
     tl_gradient,
@@ -275,7 +276,7 @@ def token_losses_triton(
         SKIPPED=SKIPPED,
         SCALE=float(options.scale),
         SOFTCAP=float(options.softcap),
-        IS_ALIGNED=logits.data_ptr() % VECTOR_BYTES == 0,
+        IS_ALIGNED=address(logits) % VECTOR_BYTES == 0,
         **over_row(vocab, logits.element_size(), options),
     )
 
@@ -320,7 +321,7 @@ def token_losses_gradient_triton(
         SOFTCAP=float(options.softcap),
         VECTORS=vectors,
         VECTOR=vector,
-        IS_ALIGNED=alike and logits.data_ptr() % VECTOR_BYTES == 0,
+        IS_ALIGNED=alike and address(logits) % VECTOR_BYTES == 0,
         num_warps=min(GRAD_WARPS, vectors // 32),
         **fused(options),
     )

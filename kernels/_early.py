@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._ahead import is_fake
+
 UNKNOWN = -1
 
 # By the address of the pinned memory, which lives as long as the number: a compiler hands on the tensor, and no more.
@@ -22,7 +24,7 @@ def send(number: Tensor) -> Tensor:
     The allocator of pinned memory does not give it to anybody else before the copy is made. An event of a tensor that
     is gone stays until its memory is used again.
     """
-    if not number.is_cuda:
+    if not number.is_cuda or is_fake(number):
         return number
     sent = torch.empty((), dtype=torch.int64, pin_memory=True).fill_(UNKNOWN)
     sent.copy_(number, non_blocking=True)
@@ -34,7 +36,7 @@ def send(number: Tensor) -> Tensor:
 
 def received(sent: Tensor) -> int | None:
     """Wait for the number; `None` if somebody copied the tensor before it was there."""
-    event = _copied.get(sent.data_ptr())
+    event = None if is_fake(sent) else _copied.get(sent.data_ptr())
     if event is not None:
         event.synchronize()
     number = int(sent)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._ahead import address
 from graphfuse.kernels._softmax_device import tl_tanh
 from graphfuse.kernels._strides import fold
 from graphfuse.kernels._triton import launch, tl, triton
@@ -300,7 +301,7 @@ def glu_backward_triton_(
     y: Tensor | None = None,
 ) -> None:
     """Launch the kernel, which writes `gate_grad` and `up_grad`, maybe over gate and up, and `y`, forward's result."""
-    in_place = gate_grad.data_ptr() == gate.data_ptr()
+    in_place = address(gate_grad) == address(gate)
     if _launch(_glu_backward_kernel, (gate, up, grad, up_grad, y, gate_grad), options, {"IN_PLACE": in_place}):
         return
     gate, up, grad = _copies((gate, up, grad), gate_grad)
@@ -329,7 +330,7 @@ def _launch(
     assert all(tensor is None or tensor.shape == gate.shape for tensor in tensors), "tensors must share a shape"
     if gate.numel() == 0:
         return True
-    is_adjacent = gate.dtype == up.dtype and up.data_ptr() - gate.data_ptr() == gate.element_size()
+    is_adjacent = gate.dtype == up.dtype and address(up) - address(gate) == gate.element_size()
     strides = tuple(gate.stride() if tensor is None else tensor.stride() for tensor in tensors)
     plan = plan_launch(gate.shape, strides, options, is_adjacent, TILE)
     if plan is None:

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._triton import Described, launch, tl, triton
+from graphfuse.kernels._ahead import address
+from graphfuse.kernels._descriptor import Described
+from graphfuse.kernels._triton import launch, tl, triton
 
 ALIGNED = 8  # elements: rows of what a tensor descriptor describes start at multiples of 16 bytes
 
@@ -76,7 +78,7 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
         is_first: whether nothing was added so far.
         is_last: whether nothing will be.
     """
-    if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % ALIGNED or x.data_ptr() % 16:
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % ALIGNED or address(x) % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     (tokens, vocab), features = grad.shape, x.shape[1]
     tile = _tile(features, x.get_device())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphfuse.kernels._ahead import ahead, has_processes
 from graphfuse.kernels._triton import HAS_TRITON
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -26,6 +28,16 @@ def implement(name: str, function: Callable[..., Any]) -> None:
     """Have an op that was defined do what the function does, on every device."""
     torch.library.impl(f"graphfuse::{name}", "default", function)
     setattr(direct, name, function)
+
+
+def run_ahead(tensors: Sequence[Tensor], mode: FakeTensorMode, run: Callable[[], Any]) -> None:
+    """Have the kernels compiled that run when ops are given these tensors, which are fake."""
+    if launches(*tensors) and has_processes():
+        with torch.no_grad(), ahead(mode):
+            run()
+
+
+torch.ops.graphfuse.run_ahead = run_ahead  # type: ignore[attr-defined]
 
 
 def compute_dtype(*operands: Operand) -> torch.dtype:

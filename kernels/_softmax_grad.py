@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._ahead import address
 from graphfuse.kernels._softmax_device import (
     tl_gradient,
     tl_load_or_zero,
@@ -298,8 +299,8 @@ def softmax_grad_triton(
     assert logits.stride(1) == 1, "logits must be dense along the classes"
     assert row_stride >= vocab, "rows of logits must not overlap"
     assert row_stride % ROW_MULTIPLE == 0, "rows of logits must be padded"
-    assert logits.data_ptr() % VECTOR_BYTES == 0, "rows of logits must be aligned"
-    assert grad is None or (grad.data_ptr(), grad.stride()) == (logits.data_ptr(), logits.stride()), "same memory"
+    assert address(logits) % VECTOR_BYTES == 0, "rows of logits must be aligned"
+    assert grad is None or (address(grad), grad.stride()) == (address(logits), logits.stride()), "same memory"
     assert target.dtype == torch.int64, "targets must be int64"
     vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]
     assert all(vector.is_contiguous() for vector in vectors), "one number a row, or a class, without gaps"

@@ -10,15 +10,17 @@ multiple of 16 makes no kernel faster, and another number of rows would have it 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphfuse.kernels import _ahead
+from graphfuse.kernels._descriptor import Described, as_passed
+
 try:
     import triton
     import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
 except ImportError:  # macOS, Windows: kernels are defined but never launched
@@ -37,12 +39,12 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError(f"triton: expected it to be installed to run a kernel, got no module ({name})")
 
-    triton = tl = TensorDescriptor = _Missing()
+    triton = tl = _Missing()
 
 # Whether kernels may have instructions of NVIDIA's GPUs in them.
 HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None) if HAS_TRITON else False
 
-__all__ = ["HAS_PTX", "HAS_TRITON", "Described", "launch", "tl", "triton"]
+__all__ = ["HAS_PTX", "HAS_TRITON", "launch", "tl", "triton"]
 
 # What Triton compiled, by all that it compiles for: sizes, strides, dtypes, alignment, options. To call it takes 4 us,
 # and to have Triton find it again 15 to 20.
@@ -50,17 +52,8 @@ MAX_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
-class Described(NamedTuple):
-    """A tensor that a kernel reads and writes in blocks, as Triton's TensorDescriptor, which is made of it."""
-
-    tensor: Tensor
-    shape: list[int]
-    strides: list[int]
-    block: list[int]
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a kernel on the device of its first argument, a tensor.
+    """Launch a kernel on the device of its first argument, a tensor; if that is fake, have it compiled ahead.
 
     Args:
         kernel: A function that `triton.jit` was applied to.
@@ -68,9 +61,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         args: Its first arguments.
         options: The others, which are constants, and options of the compiler.
     """
+    if _ahead.is_fake(args[0]):
+        _ahead.hand_over(kernel, args, options)
+        return
     index = args[0].get_device()
     if index < 0:  # in Triton's interpreter
-        kernel[grid](*map(_described, args), **options)
+        _ahead.wait_for(kernel, args, options)
+        kernel[grid](*map(as_passed, args), **options)
         return
     if index != torch.cuda.current_device():
         with torch.cuda.device(index):
@@ -79,16 +76,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     key = (id(kernel), index, *map(_kind, args), *options.values())
     if key in _compiled:
         compiled, constants = _compiled[key]
-        compiled[(*grid, 1, 1)[:3]](*map(_described, args), *constants)
+        compiled[(*grid, 1, 1)[:3]](*map(as_passed, args), *constants)
         return
-    compiled = kernel[grid](*map(_described, args), **options)
+    _ahead.wait_for(kernel, args, options)
+    compiled = kernel[grid](*map(as_passed, args), **options)
     if len(_compiled) >= MAX_COMPILED:
         _compiled.clear()
     _compiled[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(args) :])
-
-
-def _described(argument: Any) -> Any:
-    return TensorDescriptor(*argument) if isinstance(argument, Described) else argument
 
 
 def _kind(argument: Any) -> Any:

@@ -1,0 +1,212 @@
+"""Kernels compiled ahead of their launch, side by side, in the processes in which Inductor compiles its own.
+
+Triton compiles a kernel when it is first launched, and a training step launches two dozen: one after the other, that
+takes longer than all else that graphfuse does. So ops are run on fake tensors before, in `ahead`. A launch that is
+given fake tensors launches nothing: what Triton would compile for it is compiled in another process, and the launch
+that needs it finds it in Triton's cache on disk, or waits for it.
+
+It can only save time. What is not handed over, not done or not found is compiled by the launch, as without all this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphfuse.kernels._descriptor import Described, as_passed
+
+aten = torch.ops.aten
+log = logging.getLogger("graphfuse")
+
+PATIENCE = 60.0  # seconds, after which another process is taken for lost
+SOME = 2  # stands for a number that only the device knows: for two Triton compiles what it does for any above
+NUMBERS = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default)
+
+# What is being compiled elsewhere, by kernel and by Triton's own key of what it compiles for.
+_pending: dict[tuple[str, str], Future[None]] = {}
+if hasattr(os, "register_at_fork"):  # a child hears of nothing
+    os.register_at_fork(after_in_child=_pending.clear)
+
+
+class _Direct(TorchDispatchMode):
+    """Where graphfuse's ops do with fake tensors what they do with others; to be entered inside a FakeTensorMode."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call what an op does, as its kernels are not asked for where tensors are fake."""
+        kwargs = kwargs or {}
+        if func in NUMBERS:
+            return False if args[0].dtype == torch.bool or func is aten.is_nonzero.default else SOME
+        function = getattr(torch.ops.graphfuse.direct, func._opname, None) if func.namespace == "graphfuse" else None
+        if function is None:
+            return func(*args, **kwargs)
+        others = func._schema.arguments[len(args) :]  # a function does not know the defaults of a schema
+        with self:  # for what the op asks of its tensors
+            return function(*args, *(kwargs.get(other.name, other.default_value) for other in others))
+
+
+@contextlib.contextmanager
+def ahead(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """Where ops are run on fake tensors to have their kernels compiled, and what goes wrong is of no importance."""
+    try:
+        with mode or FakeTensorMode(allow_non_fake_inputs=True), _Direct():  # type: ignore[no-untyped-call]
+            yield
+    except Exception as error:
+        log.debug("kernels are compiled when they are launched: %s", error, exc_info=error)
+
+
+def has_processes() -> bool:
+    """Whether there are other processes to compile in."""
+    try:
+        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+
+        return get_compile_threads() > 1 and AsyncCompile.process_pool() is not None
+    except Exception as error:
+        log.debug("kernels are compiled when they are launched: %s", error)
+        return False
+
+
+def is_fake(argument: Any) -> bool:
+    """Whether the argument of a launch is a tensor without memory."""
+    return isinstance(argument, FakeTensor)
+
+
+def address(tensor: Tensor) -> int:
+    """Return where a tensor begins; a fake one where it might: 16-byte aligned but for its place in its storage."""
+    if not is_fake(tensor):
+        return tensor.data_ptr()
+    begin: int = tensor.untyped_storage()._cdata * 16
+    return begin + int(tensor.storage_offset()) * tensor.element_size()
+
+
+class _Pointer:
+    """What Triton asks of a tensor when it compiles."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.address = tensor.dtype, address(tensor)
+
+    def data_ptr(self) -> int:
+        """Where it begins."""
+        return self.address
+
+    def ptr_range(self) -> int:
+        """What AMD's compiler asks: as of any tensor that is small enough."""
+        return 0
+
+
+def _without_memory(argument: Any) -> Any:
+    if isinstance(argument, Described):
+        return argument._replace(tensor=_Pointer(argument.tensor))
+    return _Pointer(argument) if isinstance(argument, Tensor) else argument
+
+
+def hand_over(kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Have another process compile what Triton would compile for a launch."""
+    _ask(_submit, kernel, args, options)
+
+
+def wait_for(kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Wait for what was handed over, if this launch needs it."""
+    if _pending:
+        _ask(_wait, kernel, args, options)
+
+
+def _ask(do: Callable[..., None], kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Call `do` with what Triton would compile now, if it has not already."""
+    from triton import knobs
+
+    def instead(**what: Any) -> bool:
+        do(kernel, (f"{kernel.fn.__module__}.{kernel.fn.__qualname__}", what["key"]), what["compile"])
+        return True  # Triton does not compile
+
+    try:
+        args = tuple(as_passed(_without_memory(arg)) for arg in args)
+        with mock.patch.object(knobs.runtime, "jit_cache_hook", instead):
+            kernel.warmup(*args, grid=(1,), **options)
+    except Exception as error:
+        log.debug("%s is compiled when it is launched: %s", kernel, error)
+
+
+def _submit(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+    from triton.runtime.driver import driver
+
+    if name in _pending:
+        return
+    options = json.loads(what["specialization_data"])["options"]
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    source = (what["signature"], what["constants"], what["configs"][0])
+    target = driver.active.get_current_target()
+    if not _is_on_disk(kernel, source, target, options):
+        environment = {key: value for key, value in os.environ.items() if key.startswith("TRITON_")}
+        place = (kernel.fn.__module__, kernel.fn.__qualname__)
+        _pending[name] = AsyncCompile.process_pool().submit(compile_here, place, source, target, options, environment)
+
+
+def _wait(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None:
+    future = _pending.pop(name, None)
+    if future is not None:
+        future.result(PATIENCE)
+
+
+def _is_on_disk(kernel: Any, source: tuple[Any, ...], target: Any, options: dict[str, Any]) -> bool:
+    """Whether Triton has compiled it before."""
+    from triton.compiler import ASTSource, compile
+
+    class Known(ASTSource):  # type: ignore[misc]
+        def make_ir(self, *_: Any, **__: Any) -> Any:
+            raise LookupError("not in the cache")
+
+    try:
+        compile(Known(kernel, *source), target=target, options=options)
+    except LookupError:
+        return False
+    return True
+
+
+def compile_here(
+    place: tuple[str, str],
+    source: tuple[Any, ...],
+    target: Any,
+    options: dict[str, Any],
+    environment: dict[str, str],
+) -> None:
+    """Compile a kernel into Triton's cache, in a process that has no GPU.
+
+    Args:
+        place: Module and name of the kernel.
+        source: What Triton's ASTSource takes beside it.
+        target: The GPU.
+        options: Of the compiler.
+        environment: What the process that will launch it has of Triton's variables, the place of the cache among them.
+    """
+    from triton.compiler import ASTSource, compile, make_backend
+
+    module, name = place
+    kernel = getattr(importlib.import_module(module), name)
+    # Inductor names another assembler to its processes, whose version is in the name of what is compiled.
+    backend = vars(sys.modules[type(make_backend(target)).__module__])
+    answers = [function for function in backend.values() if hasattr(function, "cache_clear")]
+    with mock.patch.dict(os.environ):
+        for variable in [key for key in os.environ if key.startswith("TRITON_")]:
+            del os.environ[variable]
+        os.environ.update(environment)
+        for function in answers:
+            function.cache_clear()
+        compile(ASTSource(kernel, *source), target=target, options=options)
+    for function in answers:
+        function.cache_clear()

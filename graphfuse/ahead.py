@@ -31,15 +31,16 @@ def compile_ahead(graph: fx.Graph) -> None:
 
 
 def _call(node: fx.Node, called: set[Any]) -> None:
+    op: Any = node.target
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     leaves = tree_leaves((args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or any(map(_is_symbolic, leaves)):
         return
-    call = (node.target, *map(_like, leaves))
+    call = (op, *map(_like, leaves))
     if call not in called:
         called.add(call)
-        run = functools.partial(node.target, *args, **kwargs)
+        run = functools.partial(op, *args, **kwargs)
         torch.ops.graphfuse.run_ahead(tensors, detect_fake_mode(tensors), run)
 
 

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional
 
 from graphfuse.kernels import _half_product, _weight_grad
+from graphfuse.kernels._descriptor import Described
 from graphfuse.kernels._half_product import add_product
-from graphfuse.kernels._triton import HAS_TRITON, TensorDescriptor
+from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels._weight_grad import HalfSum, WideSum
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -175,9 +176,9 @@ def test_kernel_is_given_rows_that_do_not_overlap(device, monkeypatch):
 
     def describe(base, shape, strides, block):
         described.append((shape, strides))
-        return TensorDescriptor(base, shape, strides, block)
+        return Described(base, shape, strides, block)
 
-    monkeypatch.setattr(_half_product, "TensorDescriptor", describe)
+    monkeypatch.setattr(_half_product, "Described", describe)
     grad, x = padded(torch.randn(20, 40, device=device).to(dtype)), torch.randn(24, device=device).to(dtype)
     total = torch.empty(40, 24, dtype=torch.float16, device=device)
     add_product(total, grad, x.expand(20, 24), torch.ones(24, device=device), is_first=True, is_last=True)

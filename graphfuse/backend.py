@@ -28,7 +28,7 @@ from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
 from graphfuse.kernels import _op, _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
-from graphfuse.kernels._ahead import ahead, has_processes
+from graphfuse.kernels._ahead import ahead, wake
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -165,6 +165,8 @@ def rewrite_graph(
 ) -> Plan:
     """Rewrite `graph_module` in place, bodies of checkpoints included; the plan says which outputs it has lost."""
     chosen = [p for p in CATALOGUE if config.patterns is None or p.name in config.patterns]
+    if any(isinstance(given, Tensor) and given.is_cuda for given in example_inputs):
+        wake()
     with dynamo_timed("graphfuse.replay"):
         shadow = record_shadow(graph_module, example_inputs)
     with shadow.without_guards():
@@ -198,7 +200,7 @@ def _rehearse(found: Found) -> None:
     for shadow, of_shadow in found.items():
         with shadow.without_guards(), dynamo_timed("graphfuse.rehearse"):
             for pattern, match in of_shadow:
-                if isinstance(match, Match) and _op.launches(match.anchor.tensor) and has_processes():
+                if isinstance(match, Match) and _op.launches(match.anchor.tensor):
                     region = shadow.cone(match.outputs, match.inputs)
                     if taken.isdisjoint(region):
                         taken.update(region)

@@ -1,9 +1,12 @@
-"""Kernels compiled ahead of their launch, side by side, in the processes in which Inductor compiles its own.
+"""Kernels compiled ahead of their launch, side by side.
 
 Triton compiles a kernel when it is first launched, and a training step launches two dozen: one after the other, that
 takes longer than all else that graphfuse does. So ops are run on fake tensors before, in `ahead`. A launch that is
-given fake tensors launches nothing: what Triton would compile for it is compiled in another process, and the launch
-that needs it finds it in Triton's cache on disk, or waits for it.
+given fake tensors launches nothing: what Triton would compile for it is compiled elsewhere, and the launch that needs
+it finds it in Triton's cache on disk, or waits for it.
+
+Elsewhere are the processes in which Inductor compiles its own kernels. They take seconds to start; until then it is
+threads of this one, which half of the time wait for each other.
 
 It can only save time. What is not handed over, not done or not found is compiled by the launch, as without all this.
 """
@@ -11,13 +14,14 @@ It can only save time. What is not handed over, not done or not found is compile
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -32,13 +36,12 @@ aten = torch.ops.aten
 log = logging.getLogger("graphfuse")
 
 PATIENCE = 60.0  # seconds, after which another process is taken for lost
+MAX_THREADS = 8
 SOME = 2  # stands for a number that only the device knows: for two Triton compiles what it does for any above
 NUMBERS = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default)
 
 # What is being compiled elsewhere, by kernel and by Triton's own key of what it compiles for.
 _pending: dict[tuple[str, str], Future[None]] = {}
-if hasattr(os, "register_at_fork"):  # a child hears of nothing
-    os.register_at_fork(after_in_child=_pending.clear)
 
 
 class _Direct(TorchDispatchMode):
@@ -69,15 +72,36 @@ def ahead(mode: FakeTensorMode | None = None) -> Iterator[None]:
         log.debug("kernels are compiled when they are launched: %s", error, exc_info=error)
 
 
-def has_processes() -> bool:
-    """Whether there are other processes to compile in."""
+def wake() -> None:
+    """Have Inductor start its processes, if it has any and they are not there."""
     try:
-        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+        from torch._inductor.async_compile import AsyncCompile
 
-        return get_compile_threads() > 1 and AsyncCompile.process_pool() is not None
+        AsyncCompile.wakeup()
     except Exception as error:
-        log.debug("kernels are compiled when they are launched: %s", error)
-        return False
+        log.debug("kernels are compiled in threads: %s", error)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MAX_THREADS, max(1, (os.cpu_count() or 1) - 1)), "graphfuse")
+
+
+def _forget() -> None:
+    """A child has no threads, and hears of nothing."""
+    _pending.clear()
+    _threads.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _executor() -> Any:
+    """What takes jobs now."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    return AsyncCompile.process_pool() if AsyncCompile.use_process_pool() else _threads()
 
 
 def is_fake(argument: Any) -> bool:
@@ -115,7 +139,7 @@ def _without_memory(argument: Any) -> Any:
 
 
 def hand_over(kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Have another process compile what Triton would compile for a launch."""
+    """Have compiled elsewhere what Triton would compile for a launch."""
     _ask(_submit, kernel, args, options)
 
 
@@ -142,7 +166,6 @@ def _ask(do: Callable[..., None], kernel: Any, args: tuple[Any, ...], options: M
 
 
 def _submit(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None:
-    from torch._inductor.async_compile import AsyncCompile
     from triton.runtime.driver import driver
 
     if name in _pending:
@@ -152,9 +175,9 @@ def _submit(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None
     source = (what["signature"], what["constants"], what["configs"][0])
     target = driver.active.get_current_target()
     if not _is_on_disk(kernel, source, target, options):
-        environment = {key: value for key, value in os.environ.items() if key.startswith("TRITON_")}
+        environment = _triton_environment()
         place = (kernel.fn.__module__, kernel.fn.__qualname__)
-        _pending[name] = AsyncCompile.process_pool().submit(compile_here, place, source, target, options, environment)
+        _pending[name] = _executor().submit(compile_here, place, source, target, options, environment)
 
 
 def _wait(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None:
@@ -185,7 +208,7 @@ def compile_here(
     options: dict[str, Any],
     environment: dict[str, str],
 ) -> None:
-    """Compile a kernel into Triton's cache, in a process that has no GPU.
+    """Compile a kernel into Triton's cache; not on a GPU.
 
     Args:
         place: Module and name of the kernel.
@@ -194,19 +217,35 @@ def compile_here(
         options: Of the compiler.
         environment: What the process that will launch it has of Triton's variables, the place of the cache among them.
     """
-    from triton.compiler import ASTSource, compile, make_backend
+    from triton.compiler import ASTSource, compile
 
     module, name = place
-    kernel = getattr(importlib.import_module(module), name)
+    source_of = ASTSource(getattr(importlib.import_module(module), name), *source)
+    with _environment(target, environment):
+        compile(source_of, target=target, options=options)
+
+
+@contextlib.contextmanager
+def _environment(target: Any, environment: dict[str, str]) -> Iterator[None]:
+    """Triton's variables, as another process has them."""
+    from triton.compiler import make_backend
+
+    if environment == _triton_environment():
+        yield
+        return
     # Inductor names another assembler to its processes, whose version is in the name of what is compiled.
     backend = vars(sys.modules[type(make_backend(target)).__module__])
     answers = [function for function in backend.values() if hasattr(function, "cache_clear")]
     with mock.patch.dict(os.environ):
-        for variable in [key for key in os.environ if key.startswith("TRITON_")]:
+        for variable in _triton_environment():
             del os.environ[variable]
         os.environ.update(environment)
         for function in answers:
             function.cache_clear()
-        compile(ASTSource(kernel, *source), target=target, options=options)
+        yield
     for function in answers:
         function.cache_clear()
+
+
+def _triton_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key.startswith("TRITON_")}

@@ -1,4 +1,4 @@
-"""Kernels are compiled in other processes before they are launched, and by the launch where that cannot be."""
+"""Kernels are compiled elsewhere before they are launched, and by the launch where that cannot be."""
 
 import json
 import os
@@ -14,35 +14,32 @@ from graphfuse.kernels._ahead import address
 from graphfuse.kernels._triton import HAS_TRITON
 
 
-def cold_steps(*arguments, processes=2):
-    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": str(processes)}
+def cold_step(*arguments):
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
     environment.pop("TRITON_INTERPRET", None)
     worker = Path(__file__).with_name("cold.py")
     command = [sys.executable, worker, *arguments]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    steps = [json.loads(line) for line in run.stdout.splitlines()]
-    assert all(sum(step["rewritten"].values()) >= 6 for step in steps)
-    return steps
+    step = json.loads(run.stdout)
+    assert sum(step["rewritten"].values()) >= 6
+    return step
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-def test_launches_find_what_other_processes_compiled():
-    first, second = cold_steps("inductor", "aot_eager")
-    assert first["compiled"] == []
-    assert len(first["found"]) > 15
-    # In a cache that the processes did not start with. Only the proofs' kernels are compiled ahead.
-    assert len(second["found"]) > 8
-    assert len(second["compiled"]) < len(second["found"])
+@pytest.mark.parametrize("processes", [[], ["processes"]], ids=["threads", "processes"])
+def test_launches_find_what_was_compiled_elsewhere(processes):
+    step = cold_step("inductor", *processes)
+    assert {*step["compiled"]} <= {
+        "_scale_kernel"
+    }  # the upstream gradient's: with Triton 3.6 it is compiled by its launch
+    assert len(step["found"]) > 15
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-@pytest.mark.parametrize(
-    ("processes", "arguments"),
-    [(1, ["aot_eager"]), (2, ["aot_eager", "without", "jobs"]), (2, ["aot_eager", "without", "results"])],
-)
-def test_launches_compile_what_nobody_else_did(processes, arguments):
-    (step,) = cold_steps(*arguments, processes=processes)
+@pytest.mark.parametrize("lost", ["jobs", "results"])
+def test_launches_compile_what_nobody_else_did(lost):
+    step = cold_step("aot_eager", "without", lost)
     assert step["found"] == []
     assert len(step["compiled"]) > 12
 

@@ -22,16 +22,13 @@ from torch import Tensor
 from graphfuse.kernels._ahead import address
 from graphfuse.kernels._op import compute_dtype
 from graphfuse.kernels._softmax_device import (
-    tl_at_target,
     tl_gradient,
     tl_load_or_zero,
+    tl_losses,
     tl_on_target,
-    tl_pivot,
     tl_skip_losses,
-    tl_sums,
     tl_vector_start,
     tl_weight_sum,
-    tl_write_losses,
 )
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
@@ -155,24 +152,25 @@ def _token_losses_kernel(
             tl.store(total_ptr + row, SKIPPED)
             return
 
-    target = tl.load(target_ptr + row)
-    at_target = tl_at_target(logits_ptr, row, target, V, L, SCALE, SOFTCAP)
-    top, total, spread = tl_sums(
+    top, total = tl_losses(
         logits_ptr,
-        row * L,
-        V,
-        tl_pivot(at_target),
+        row,
+        tl.load(target_ptr + row),
         class_weight_ptr,
+        tl_weight_sum(weight_sum_ptr, V),
+        nll_ptr,
+        smooth_ptr,
+        lse_ptr,
+        V,
+        L,
+        NO_TARGET,
         SCALE,
         SOFTCAP,
         LANES,
         VECTOR,
         IS_ALIGNED,
-        smooth_ptr is not None,
         "evict_first",
     )
-    weight_sum = tl_weight_sum(weight_sum_ptr, V)
-    tl_write_losses(row, top, total, spread, at_target, target, weight_sum, nll_ptr, smooth_ptr, lse_ptr, V, NO_TARGET)
     tl.store(top_ptr + row, top)
     tl.store(total_ptr + row, total)
 

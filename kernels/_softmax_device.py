@@ -135,110 +135,69 @@ def tl_scan(
 
 
 @triton.jit
-def tl_at_target(logits_ptr, row, target, V, L, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Return z of the target; one outside the classes reads that of the first class."""
-    inside = (target >= 0) & (target < V)
-    at_target = tl.load(logits_ptr + row * L + tl.where(inside, target, 0)).to(tl.float32)
-    return tl_bend(at_target, SCALE, SOFTCAP)
-
-
-@triton.jit
-def tl_pivot(at_target):
-    """Return what sums over all classes are relative to, so that a large common offset costs no digits."""
-    return tl.where(at_target > float("-inf"), at_target, 0.0)
-
-
-@triton.jit
-def tl_sums(
+def tl_losses(
     logits_ptr,  # [N, V], row stride L
-    begin,  # the first of the logits that are looked at
-    V,  # how many they are
-    pivot,
+    row,
+    target,
     class_weight_ptr,
+    weight_sum,
+    nll_ptr,
+    smooth_ptr,
+    lse_ptr,
+    V,
+    L,
+    NO_TARGET: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,  # logits in a load of a lane
     IS_ALIGNED: tl.constexpr,  # whether logits_ptr is a multiple of such a load
-    IS_SMOOTHED: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Return the largest z, the sum of the exponentials relative to it, and sum_c w_c * (z_c - pivot).
+    """Write the numbers of a row; return its largest logit, and the sum of the exponentials relative to that.
 
     Each lane keeps these numbers of what it has read itself, and they meet once, at the end of the row: lanes that
     have to wait for each other all the way do not keep memory busy.
     """
+    # A target outside the classes reads nothing and makes NaN of what depends on it.
+    has_target = target != NO_TARGET
+    inside = (target >= 0) & (target < V)
+    at_target = tl.load(logits_ptr + row * L + tl.where(inside, target, 0)).to(tl.float32)
+    at_target = tl_bend(at_target, SCALE, SOFTCAP)
+    # Sums over all classes are taken relative to one logit, so that a large common offset costs no digits.
+    pivot = tl.where(at_target > float("-inf"), at_target, 0.0)
+
     tops = tl.full((LANES,), float("-inf"), tl.float32)
     totals = tl.zeros((LANES,), tl.float32)
-    spreads = tl.zeros((LANES,), tl.float32)
-    base, before = tl_vector_start(begin, VECTOR, IS_ALIGNED)
+    spreads = tl.zeros((LANES,), tl.float32)  # sum_c w_c * (z_c - pivot)
+    base, before = tl_vector_start(row * L, VECTOR, IS_ALIGNED)
     STEP: tl.constexpr = LANES * VECTOR
     whole = (V + before) // STEP * STEP
     # Most of a row takes no mask, which would be a third of the instructions; its ends do.
     for start in tl.range(STEP, whole, STEP):
         tops, totals, spreads = tl_scan(
             logits_ptr, base, start, before, tops, totals, spreads, pivot, class_weight_ptr, V,
-            SCALE, SOFTCAP, LANES, VECTOR, IS_ALIGNED, IS_SMOOTHED, EVICTION, False,
+            SCALE, SOFTCAP, LANES, VECTOR, IS_ALIGNED, smooth_ptr is not None, EVICTION, False,
         )  # fmt: skip
     for start in tl.range(0, V + before, tl.maximum(whole, STEP)):
         tops, totals, spreads = tl_scan(
             logits_ptr, base, start, before, tops, totals, spreads, pivot, class_weight_ptr, V,
-            SCALE, SOFTCAP, LANES, VECTOR, IS_ALIGNED, IS_SMOOTHED, EVICTION, True,
+            SCALE, SOFTCAP, LANES, VECTOR, IS_ALIGNED, smooth_ptr is not None, EVICTION, True,
         )  # fmt: skip
-    top, total = tl_combined(tops, totals)
-    return top, total, tl.sum(spreads)
 
-
-@triton.jit
-def tl_combined(tops, totals):
-    """Return the largest of several, and the sum of their sums relative to it."""
-    top = tl.max(tops, 0)
-    return top, tl.sum(totals * tl_exp(tops - tl.where(top == float("-inf"), 0.0, top)), 0)
-
-
-@triton.jit
-def tl_meet(told_ptr, part, top, total, PARTS: tl.constexpr):
-    """Tell the other programs of a row the numbers of this one; return those of the row.
-
-    Both go into one integer, which is written at once, and is 0 until then: of a finite top, the sum is at least 1.
-    """
-    high = top.to(tl.int32, bitcast=True).to(tl.int64) << 32
-    tl.atomic_xchg(told_ptr + part, high | (total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF))
-    parts = tl.arange(0, PARTS)
-    told = tl.load(told_ptr + parts, volatile=True)
-    while tl.min((told != 0).to(tl.int32), 0) == 0:
-        told = tl.load(told_ptr + parts, volatile=True)
-    tops = (told >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-    return tl_combined(tops, told.to(tl.int32).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def tl_write_losses(
-    row,
-    top,
-    total,
-    spread,
-    at_target,
-    target,
-    weight_sum,
-    nll_ptr,
-    smooth_ptr,
-    lse_ptr,
-    V,
-    NO_TARGET: tl.constexpr,
-):
-    """Write the numbers of a row."""
+    top = tl.max(tops)
+    total = tl.sum(totals * tl_exp(tops - tl.where(top == float("-inf"), 0.0, top)))
+    spread = tl.sum(spreads)
     # Shifted form: log(total) - (at_target - top), never (top + log(total)) - at_target.
     log_total = tl.log(total)
     if nll_ptr is not None:
-        # A target outside the classes makes NaN of what depends on it.
-        inside = (target >= 0) & (target < V)
-        nll = tl.where(inside, log_total - (at_target - top), float("nan"))
-        tl.store(nll_ptr + row, tl.where(target != NO_TARGET, nll, 0.0))
+        nll = log_total - (at_target - top)
+        tl.store(nll_ptr + row, tl.where(has_target, tl.where(inside, nll, float("nan")), 0.0))
     if smooth_ptr is not None:
-        tl.store(smooth_ptr + row, weight_sum * (log_total + (top - tl_pivot(at_target))) - spread)
+        tl.store(smooth_ptr + row, weight_sum * (log_total + (top - pivot)) - spread)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, top + log_total)
+    return top, total
 
 
 @triton.jit

@@ -28,16 +28,12 @@ from torch import Tensor
 
 from graphfuse.kernels._ahead import address
 from graphfuse.kernels._softmax_device import (
-    tl_at_target,
     tl_gradient,
     tl_load_or_zero,
-    tl_meet,
+    tl_losses,
     tl_on_target,
-    tl_pivot,
     tl_skip_losses,
-    tl_sums,
     tl_weight_sum,
-    tl_write_losses,
 )
 from graphfuse.kernels._triton import launch, tl, triton
 
@@ -52,9 +48,6 @@ ROW_MULTIPLE = 64
 # multiprocessor, whose second read then meets the cache, 0.49 ms.
 WARPS = 8
 VECTOR_BYTES = 16  # of a load
-
-PART_BYTES = 2**16  # of a row, for one program: all that are under way are less than the cache
-MAX_PARTS = 64
 
 
 class Logits(NamedTuple):
@@ -212,30 +205,17 @@ def _softmax_grad_kernel(
     smooth_factor_ptr,
     lse_factor_ptr,
     square_factor_ptr,
-    told_ptr,  # [1 + C * PARTS], int64, 0: tickets, and what programs of a row tell each other; or None
     V,
     L,
     NO_TARGET: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
-    PARTS: tl.constexpr,  # programs of a row, a power of two
-    MULTIPLE: tl.constexpr,  # of the logits in a part
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,  # logits in a load of a lane
 ):
     row = tl.program_id(0).to(tl.int64)  # row * L can exceed 2**31
-    part = 0
-    if PARTS > 1:
-        # In whatever order programs start: all parts before the last ticket's are under way, and nobody waits for ever.
-        ticket = tl.atomic_add(told_ptr, 1)
-        row = ticket // PARTS
-        part = (ticket % PARTS).to(tl.int32)
-    length = tl.cdiv(tl.cdiv(L, PARTS), MULTIPLE) * MULTIPLE
-    begin = tl.minimum(part * length, L)
-    end = tl.minimum(begin + length, L)
-    classes = tl.minimum(end, V) - tl.minimum(begin, V)
-    part_ptr = logits_ptr + row * L + begin
+    row_ptr = logits_ptr + row * L
     BLOCK: tl.constexpr = LANES * VECTOR
     offs = tl.arange(0, BLOCK)
     target = tl.load(target_ptr + row)
@@ -246,69 +226,62 @@ def _softmax_grad_kernel(
 
     if HAS_FACTORS:  # noqa: SIM102 - decided when it is compiled, the next one for each row
         if (on_target == 0.0) & (smooth == 0.0) & (on_lse == 0.0) & (square == 0.0):
-            if part == 0:
-                tl_skip_losses(row, nll_ptr, smooth_ptr, lse_ptr)
+            tl_skip_losses(row, nll_ptr, smooth_ptr, lse_ptr)
             if grad_ptr is not None:
-                for start in tl.range(begin, end, BLOCK):
+                for start in tl.range(0, L, BLOCK):
                     zero = tl.zeros((BLOCK,), grad_ptr.dtype.element_ty)
-                    tl.store(grad_ptr + row * L + start + offs, zero, mask=start + offs < end)
+                    tl.store(grad_ptr + row * L + start + offs, zero, mask=start + offs < L)
             return
 
     weight_sum = tl_weight_sum(weight_sum_ptr, V)
-    is_known = (target >= 0) & (target < V)
-    is_owner = part == tl.where(is_known, target // length, 0).to(tl.int32)  # the target is in its part
-    # What belongs to others they may have written over.
-    at_target = tl_at_target(logits_ptr, row, tl.where(is_owner, target, -1), V, L, SCALE, SOFTCAP)
-    top, total, spread = tl_sums(
+    top, total = tl_losses(
         logits_ptr,
-        row * L + begin,
-        classes,
-        tl_pivot(at_target),
+        row,
+        target,
         class_weight_ptr,
+        weight_sum,
+        nll_ptr,
+        smooth_ptr,
+        lse_ptr,
+        V,
+        L,
+        NO_TARGET,
         SCALE,
         SOFTCAP,
         LANES,
         VECTOR,
         True,
-        smooth_ptr is not None,
         "evict_last",
     )
-    if PARTS > 1:
-        top, total = tl_meet(told_ptr + 1 + row * PARTS, part, top, total, PARTS)
-    if is_owner:
-        tl_write_losses(
-            row, top, total, spread, at_target, target, weight_sum, nll_ptr, smooth_ptr, lse_ptr, V, NO_TARGET
-        )
     if grad_ptr is not None:
         on_target = tl_on_target(on_target, target, V, NO_TARGET) * SCALE
         smooth *= SCALE
         p_factor = on_target + smooth * weight_sum + SCALE * (on_lse + 2.0 * square * (top + tl.log(total)))
         p_factor /= total
-        its_logit = tl.load(logits_ptr + row * L + tl.where(is_owner & is_known, target, 0)).to(tl.float32)
+        is_known = (target >= 0) & (target < V)
+        at_target = tl.load(row_ptr + tl.where(is_known, target, 0)).to(tl.float32)
         is_smoothed: tl.constexpr = smooth_factor_ptr is not None
-        tl.debug_barrier()  # every read of this part so far comes before any write to it
+        tl.debug_barrier()  # every read of this row so far comes before any write to it
         # Backwards: what was read last is what the cache still has. Only the end of a row takes a mask.
-        whole = classes // BLOCK * BLOCK
-        for start in tl.range(whole, end - begin, BLOCK):
-            places = start + offs
-            cols = begin + places
-            a = tl.load(part_ptr + places, mask=cols < end, other=0.0).to(tl.float32)
+        whole = V // BLOCK * BLOCK
+        for start in tl.range(whole, L, BLOCK):
+            cols = start + offs
+            a = tl.load(row_ptr + cols, mask=cols < L, other=0.0).to(tl.float32)
             a = tl.where(cols < V, a, 0.0)
             grad = tl_gradient(a, cols, 0.0, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed)
             grad = tl.where(cols < V, grad, 0.0).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + row * L + cols, grad, mask=cols < end, eviction_policy="evict_first")
+            tl.store(grad_ptr + row * L + cols, grad, mask=cols < L, eviction_policy="evict_first")
         for back in tl.range(BLOCK, whole + BLOCK, BLOCK):
-            cols = begin + whole - back + offs
-            a = tl.load(logits_ptr + row * L + cols, eviction_policy="evict_first").to(tl.float32)
+            cols = whole - back + offs
+            a = tl.load(row_ptr + cols, eviction_policy="evict_first").to(tl.float32)
             grad = tl_gradient(a, cols, 0.0, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed)
             grad = grad.to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + row * L + cols, grad, eviction_policy="evict_first")
         tl.debug_barrier()  # the target's comes last
         of_target = tl_gradient(
-            its_logit, target, on_target, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed
+            at_target, target, on_target, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed
         )
-        if is_owner:
-            tl.store(grad_ptr + row * L + target, of_target.to(grad_ptr.dtype.element_ty), mask=is_known)
+        tl.store(grad_ptr + row * L + target, of_target.to(grad_ptr.dtype.element_ty), mask=is_known)
 
 
 def softmax_grad_triton(
@@ -332,13 +305,9 @@ def softmax_grad_triton(
     vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]
     assert all(vector.is_contiguous() for vector in vectors), "one number a row, or a class, without gaps"
     assert all(vector.dtype == torch.float32 for vector in vectors[1:]), "the kernel computes in fp32"
-    # Programs of a row meet once; sums relative to one of its logits would have them meet twice. In the interpreter,
-    # one program ends before the next one starts.
-    is_shared = grad is not None and losses.smooth is None and logits.is_cuda
-    parts = parts_of(row_stride, logits.element_size()) if is_shared else 1
     launch(
         _softmax_grad_kernel,
-        (rows * parts,),
+        (rows,),
         logits,
         grad,
         target,
@@ -346,22 +315,14 @@ def softmax_grad_triton(
         None if class_weight is None else class_weight.sum(),
         *losses,
         *factors,
-        target.new_zeros(1 + rows * parts) if parts > 1 else None,
         vocab,
         row_stride,
         NO_TARGET=NO_TARGET,
         SCALE=float(options.scale),
         SOFTCAP=float(options.softcap),
         HAS_FACTORS=bool(factors.given()),
-        PARTS=parts,
-        MULTIPLE=ROW_MULTIPLE,
-        **over_row(-(-row_stride // parts), logits.element_size(), options),
+        **over_row(row_stride, logits.element_size(), options),
     )
-
-
-def parts_of(length: int, itemsize: int) -> int:
-    """Return how many programs share a row of `length` logits: a power of two."""
-    return int(min(MAX_PARTS, triton.next_power_of_2(-(-length * itemsize // PART_BYTES))))
 
 
 def over_row(length: int, itemsize: int, options: Logits) -> dict[str, Any]:

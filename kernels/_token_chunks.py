@@ -30,7 +30,7 @@ from graphfuse.kernels._softmax_grad import (
     softmax_grad_reference,
     softmax_grad_triton,
 )
-from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, power_of_two, weight_grad
+from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, power_of_two, weight_grad, whole_loads
 
 # 2048 tokens of 128256 bf16 classes: there an H200 takes 1.09 times the three GEMMs, and larger chunks gain nothing.
 GPU_LOGITS_BYTES = 2**29
@@ -203,10 +203,10 @@ def run_chunks(
             grad_bias += grad.sum(0, dtype=compute)
         low_rank.add_grads(grad, places)
         if needs.hidden and chosen is None:
-            matmul_into(grad_hidden[rows], grad, weight)
+            _hidden_grad_into(grad_hidden[rows], grad, weight)
         elif needs.hidden and chosen is not None:  # what was gathered for this chunk is room for its gradient
             own = x if x.dtype == grad_dtype else x.new_empty(x.shape, dtype=grad_dtype)
-            matmul_into(own, grad, weight)
+            _hidden_grad_into(own, grad, weight)
             put_rows_(grad_hidden, chosen[rows], own)
 
     if kept is not None and chosen is not None:
@@ -224,9 +224,19 @@ def run_chunks(
 
 
 def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.t(), out=logits)
-    return torch.addmm(bias, x, weight.t(), out=logits)
+    for classes in whole_loads(weight.shape[0], weight):
+        if bias is None:
+            torch.mm(x, weight[classes].t(), out=logits[:, classes])
+        else:
+            torch.addmm(bias[classes], x, weight[classes].t(), out=logits[:, classes])
+    return logits
+
+
+def _hidden_grad_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
+    *most, last = whole_loads(weight.shape[0], weight)
+    matmul_into(out, grad[:, last], weight[last])
+    for classes in most:  # after the few, whose rounding nobody sees
+        matmul_into(out, grad[:, classes], weight[classes], accumulate=True)
 
 
 def check_targets(target: Tensor, vocab: int, factors: Factors) -> None:

@@ -41,6 +41,8 @@ from graphfuse.kernels._triton import HAS_TRITON
 
 SUM_TOP = 2.0**15  # what the sum would become if the largest gradients and features met in all tokens
 
+LOAD_BYTES = 16
+
 LARGEST_LSE = 1024.0  # a z-loss alone overflows at logits of twice this
 
 # Of features that are nearly 0, of which infinity would make NaN. What is below the last digit, 2**-144, is 0 in bf16.
@@ -80,7 +82,8 @@ class WideSum:
 
     def add(self, grad: Tensor, x: Tensor, *, is_last: bool) -> None:
         """Add the product of `grad`, (C, V), the gradient of a chunk of logits, and `x`, (C, H)."""
-        matmul_into(self.sum, grad.t(), x, accumulate=self.started)
+        for classes in whole_loads(grad.shape[1], grad):
+            matmul_into(self.sum[classes], grad[:, classes].t(), x, accumulate=self.started)
         self.started = True
 
     def total(self) -> Tensor:
@@ -125,6 +128,24 @@ def power_of_two(x: Tensor) -> Tensor:
     """Return the power of two that is at least `x` and less than 2 x; 1 for 0."""
     mantissa, exponent = torch.frexp(x)
     return torch.where(mantissa == 0, 1.0, torch.ldexp(torch.ones_like(x), exponent))
+
+
+def splits(x: Tensor) -> bool:
+    """Whether products are cut where a dim ends inside a load."""
+    return x.is_cuda
+
+
+def whole_loads(length: int, x: Tensor) -> list[slice]:
+    """Return the part of a dim, in tensors like `x`, that fills loads of 16 bytes, and the few elements behind it.
+
+    cuBLAS has kernels of another decade for dims that do not: 16384 tokens of 2048 features and 49155 classes take
+    them 66 ms in the place of 20.
+    """
+    multiple = LOAD_BYTES // x.element_size()
+    whole = length // multiple * multiple
+    if not splits(x) or whole in (0, length):
+        return [slice(0, length)]
+    return [slice(0, whole), slice(whole, length)]
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:

@@ -6,7 +6,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from graphfuse.kernels import _head_ops
+from graphfuse.kernels import _head_ops, _weight_grad
 from graphfuse.kernels._softmax_grad import Factors
 from graphfuse.kernels._token_chunks import GPU_WORTH_A_WAIT, Kept, chunk_tokens, keeps
 from graphfuse.kernels.linear_cross_entropy import linear_cross_entropy, linear_log_probs
@@ -48,6 +48,12 @@ class Watch(TorchDispatchMode):
     def rows(self):
         """How many tokens each product of logits was for."""
         return [m for m, k, n in self.gemms if (k, n) == (FEATURES, VOCAB)]
+
+
+@pytest.fixture(autouse=True)
+def in_one_piece(monkeypatch):
+    """Products are counted here: none is cut in two."""
+    monkeypatch.setattr(_weight_grad, "splits", lambda _: False)
 
 
 def problem(device, dtype=torch.float32, tokens=TOKENS):
@@ -92,6 +98,44 @@ def test_per_token_losses_compute_logits_twice(device):
     with Watch() as watch:
         loss_of(*tensors, target, reduction="none").sum().backward()
     assert len(watch.gemms) == CHUNKS * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_products_fill_whole_loads(reduction, has_bias, dtype, device, monkeypatch):
+    """An odd number of classes is cut where a load of 16 bytes ends: the rest is a product of its own."""
+    monkeypatch.setattr(_weight_grad, "splits", lambda _: True)
+    hidden, weight, bias, target = problem(device, dtype)
+    given = (hidden, weight, bias) if has_bias else (hidden, weight)
+    with Watch() as watch:
+        loss = linear_cross_entropy(
+            hidden, weight, target, given[2] if has_bias else None, chunk_size=CHUNK, reduction=reduction
+        )
+        found = torch.autograd.grad(loss.sum(), given)
+    multiple = 16 // dtype.itemsize
+    whole = [{m, k, n} & {VOCAB // multiple * multiple} for m, k, n in watch.gemms]
+    rest = [{m, k, n} & {VOCAB % multiple} for m, k, n in watch.gemms]
+    assert all(bool(a) != bool(b) for a, b in zip(whole, rest, strict=True))
+    assert_no_worse_gradients(found, given, target, reduction)
+
+
+def assert_no_worse_gradients(found, given, target, reduction):
+    """No farther from the gradients in float64 than 1.2 times eager's, and the last bit."""
+
+    def eager(leaves):
+        logits = functional.linear(*leaves)
+        return torch.autograd.grad(
+            functional.cross_entropy(
+                logits.float() if logits.dtype != torch.float64 else logits, target, reduction=reduction
+            ).sum(),
+            leaves,
+        )
+
+    truth = eager([leaf.detach().double().requires_grad_() for leaf in given])
+    for ours, theirs, exact in zip(found, eager(given), truth, strict=True):
+        error, allowed = (float((x.double() - exact).norm()) for x in (ours, theirs))
+        assert error <= 1.2 * allowed + torch.finfo(ours.dtype).eps * float(exact.norm())
 
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}], ids=["plain", "everything"])

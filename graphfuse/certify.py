@@ -64,6 +64,8 @@ def prove(match: Match, shadow: Shadow) -> Proof:
     """
     region = shadow.cone(match.outputs, match.inputs)
     prefix, leaves = _lead_in(match, shadow)
+    if nothing := next((value for value in (*leaves, *region) if 0 in value.shape), None):
+        return Proof(f"certify: expected numbers to compare, got none in {nothing.node.name}")
     ends = [*leaves, *prefix, *region]
     key = (
         match.replacement,
@@ -248,6 +250,8 @@ class _Trial:
         theirs, ours = self._both(drawn, exact=True, device=torch.device("cpu"))
         if len(theirs) != len(ours):
             return f"certify: expected {len(theirs)} outputs and gradients, got {len(ours)}"
+        if not all(output.numel() for output in theirs[: len(self.match.outputs)]):
+            raise CannotEvaluate("expected numbers to compare, got none in a small batch")
         for name, a, b in zip(self._names(len(theirs)), theirs, ours, strict=True):
             if a.shape != b.shape:
                 return f"certify: expected {name} of shape {tuple(a.shape)}, got {tuple(b.shape)}"

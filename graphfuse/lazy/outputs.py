@@ -34,6 +34,7 @@ TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 NAME = "lazy_logits"
 WHY = "computed when it is read, and then without what has no use"
+CLASSES = "classes"  # a step that is none in the end: some of the classes, (start, end)
 MIN_VOCABULARY = 8192  # classes, from which an output that no loss in the graph reads is taken for logits
 
 
@@ -131,7 +132,7 @@ class Slot:
             return apply_formula(*tensors, parts=self.parts, steps=self.steps, choices=self.choices, stack=self.stack)
         formula = Formula.of(tensors, self.parts, self.steps, self.stack)
         like = choose(formula.like(), self.choices)
-        return lazy(Source(formula.of_rows(lambda rows: choose(rows, self.choices))), like)
+        return lazy(Source(formula.chosen(self.choices)), like)
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,8 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None
     found = _before_steps(whole)
     if found is None or not whole.tensor.is_contiguous():
         return None
-    summands, steps = [found[0]], found[1]
+    summands, steps = [found[0]], tuple(step for step in found[1] if step[0] != CLASSES)
+    choices = (*(("copy", -1, *where) for name, where in found[1] if name == CLASSES), *choices)
     stack = _stack(found[0], whole)
     if stack is not None:
         summands = list(found[0].args[0])
@@ -216,18 +218,23 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None
 
 
 def _before_choices(value: Value) -> tuple[Value, tuple[Choice, ...]]:
-    """The value before some of its rows were chosen, and which."""
+    """The value before some of its rows or classes were chosen, and which."""
     choices: list[Choice] = []
     while value.op in (aten.select.int, aten.slice.Tensor, *IDENTITIES):
         operand = value.args[0]
+        if value.tensor.is_contiguous() and not operand.tensor.is_contiguous():
+            choices.insert(0, ("copy", -1, 0, None))
         if value.op not in IDENTITIES:
             dim = argument(value, 1, "dim", 0) % operand.tensor.dim()
             where = [argument(value, 2, "index" if value.op is aten.select.int else "start")]
             where += [] if value.op is aten.select.int else [argument(value, 3, "end")]
             is_plain = all(type(number) in (int, type(None)) for number in where)
-            if dim == operand.tensor.dim() - 1 or not is_plain or argument(value, 4, "step", 1) != 1:
+            is_last = dim == operand.tensor.dim() - 1
+            if not is_plain or argument(value, 4, "step", 1) != 1 or (is_last and value.op is aten.select.int):
                 break
-            choices.insert(0, ("select" if value.op is aten.select.int else "slice", dim, *where))
+            if is_last and where[1] is not None and where[1] >= 0:  # from the end, as a proof has fewer classes
+                where[1] = min(where[1] - operand.shape[-1], 0) or None
+            choices.insert(0, ("select" if value.op is aten.select.int else "slice", -1 if is_last else dim, *where))
         value = operand
     return value, tuple(choices)
 
@@ -314,6 +321,9 @@ def _step(value: Value) -> tuple[Value] | tuple[Value, str, Any] | None:
         return (operand,)
     if value.op in CASTS and value.dtype.is_floating_point:
         return operand, "to", value.dtype
+    if value.op is aten.slice.Tensor and operand.shape[:-1] == value.shape[:-1]:
+        _, choices = _before_choices(value)
+        return (operand, CLASSES, choices[-1][2:]) if choices else None
     if value.op is aten.tanh.default:
         return operand, "tanh", None
     if value.op in MUL | DIV and len(value.args) == 2:

@@ -61,6 +61,49 @@ def test_are_lazy_and_laid_out_as_in_eager(choose, bias, dynamic):
     torch.testing.assert_close(compiled(tokens)[1] + 0, model(tokens)[1])
 
 
+class AddedBias(nn.Module):
+    """A head by hand, on the embeddings' weight."""
+
+    def __init__(self, spelled):
+        super().__init__()
+        self.embed, self.bias, self.spelled = nn.Embedding(V, H), nn.Parameter(torch.randn(V)), spelled
+
+    def forward(self, tokens):
+        logits = self.spelled(self.embed(tokens).tanh(), self.embed.weight, self.bias)
+        return F.cross_entropy(logits.transpose(1, 2), tokens), logits
+
+
+BIASES = {
+    "added": lambda x, w, b: x @ w.T + b,
+    "from the left": lambda x, w, b: b + x @ w.T,
+    "then a soft-cap": lambda x, w, b: 15.0 * torch.tanh((x @ w.T + b) / 15.0),
+    "then some classes": lambda x, w, b: (x @ w.T + b)[..., :-1],
+    "of some classes": lambda x, w, b: (x @ w.T)[..., :-1] + b[:-1],
+    "behind a factor": lambda x, w, b: (x @ w.T) * 0.5 + b,
+    "two": lambda x, w, b: x @ w.T + b + b,
+}
+EAGER = {"behind a factor", "of some classes", "two"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_that_is_added_is_one_of_the_head(name, dtype):
+    model = AddedBias(BIASES[name]).to(dtype)
+    compiled = graphfuse.optimize(copy.deepcopy(model), inner="eager", strict=True, fullgraph=True)
+    tokens, found = torch.randint(V - 1, (B, S)), []
+    for each in (model, compiled):
+        loss, logits = each(tokens)
+        (loss.float() + logits.float().logsumexp(-1).mean()).backward()
+        found.append([loss, logits, *(p.grad for p in each.parameters())])
+    tolerance = TOLERANCE if dtype == torch.float32 else 4e-2
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(
+            ours + 0, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().amax())
+        )
+    expected = {} if name in EAGER else {"linear_cross_entropy": 1, "lazy_logits": 1}
+    assert graphfuse.report(compiled).counts == expected
+
+
 COPIES = {
     "clone": lambda z: z.detach().clone(),
     "copy": lambda z: z.detach().to(z.dtype, copy=True),

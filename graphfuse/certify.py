@@ -64,7 +64,7 @@ def prove(match: Match, shadow: Shadow) -> Proof:
     """
     region = shadow.cone(match.outputs, match.inputs)
     prefix, leaves = _lead_in(match, shadow)
-    if nothing := next((value for value in (*leaves, *region) if 0 in value.shape), None):
+    if nothing := next((value for value in match.outputs if 0 in value.shape), None):
         return Proof(f"certify: expected numbers to compare, got none in {nothing.node.name}")
     ends = [*leaves, *prefix, *region]
     key = (
@@ -127,7 +127,7 @@ class _Trial:
         values = self.prefix if self.match.above_views else self.region
         later = {size for value in values for size in value.shape[:-1]}
         for size in list(free):  # a flattened batch: its factors appear further on
-            free.update(s for s in later if size % s == 0 and size // s in later)
+            free.update(s for s in later if s and size % s == 0 and size // s in later)
         return small_sizes(free)
 
     def _batch(self) -> set[int]:

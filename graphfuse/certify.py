@@ -85,6 +85,8 @@ def _trial(match: Match, shadow: Shadow) -> tuple[Any, _Trial]:
     """The proof that a match needs, and what it depends on."""
     region = shadow.cone(match.outputs, match.inputs)
     prefix, leaves = _lead_in(match, shadow)
+    if nothing := next((value for value in match.outputs if 0 in value.shape), None):
+        return Proof(f"certify: expected numbers to compare, got none in {nothing.node.name}")
     ends = [*leaves, *prefix, *region]
     key = (
         match.replacement,
@@ -151,7 +153,7 @@ class _Trial:
         values = self.prefix if self.match.above_views else self.region
         later = {size for value in values for size in value.shape[:-1]}
         for size in list(free):  # a flattened batch: its factors appear further on
-            free.update(s for s in later if size % s == 0 and size // s in later)
+            free.update(s for s in later if s and size % s == 0 and size // s in later)
         return small_sizes(free)
 
     def _batch(self) -> set[int]:
@@ -280,6 +282,8 @@ class _Trial:
         theirs, ours = self._both(drawn, exact=True, device=torch.device("cpu"))
         if len(theirs) != len(ours):
             return f"certify: expected {len(theirs)} outputs and gradients, got {len(ours)}"
+        if not all(output.numel() for output in theirs[: len(self.match.outputs)]):
+            raise CannotEvaluate("expected numbers to compare, got none in a small batch")
         for name, a, b in zip(self._names(len(theirs)), theirs, ours, strict=True):
             if a.shape != b.shape:
                 return f"certify: expected {name} of shape {tuple(a.shape)}, got {tuple(b.shape)}"

@@ -147,6 +147,13 @@ def test_names_the_valid_options(options, message):
         torch.compile(lambda x: x + 1, backend="graphfuse", options=options)(torch.ones(1))
 
 
+def test_runs_an_empty_batch():
+    model, compiled = twins()
+    graphfuse.optimize(compiled, inner="eager", strict=True)
+    for size in (3, 0, 3):
+        assert_as_eager(model, compiled, torch.randn(size, 4, D))
+
+
 def test_uses_the_chosen_patterns_only():
     model = Stack()
     graphfuse.optimize(model, inner="eager", patterns=["glu"])

@@ -137,6 +137,12 @@ def test_refuses_another_dtype():
     assert reason == "certify: expected output of dtype torch.bfloat16, got torch.float32"
 
 
+def test_refuses_what_has_no_numbers():
+    x, weight = norm_inputs()
+    match, shadow = found_in(llama_norm, x.detach()[:0], weight)
+    assert certify(match, shadow).startswith("certify: expected numbers to compare, got none in ")
+
+
 def test_refuses_what_does_not_run():
     match, shadow = found_in(llama_norm, *norm_inputs())
     reason = certify(changed(match, eps="small"), shadow)

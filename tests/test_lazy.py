@@ -122,6 +122,7 @@ READ = {
     "two readers": lambda z, y: z.square().mean() + z[:, -1].exp().mean(),
     "last token": lambda z, y: z[:, -1, :].softmax(-1).square().sum(),
     "some classes": lambda z, y: z[..., :10].square().sum(),
+    "two classes of the last token": lambda z, y: F.cross_entropy(z[:, -1, [5, 9]], y[:, 0] % 2),
     "loss with probabilities": lambda z, y: F.cross_entropy(z.view(-1, V), z.detach().view(-1, V).softmax(-1)),
     "divergence": lambda z, y: F.kl_div(z.log_softmax(-1), z.detach().roll(1, -1).softmax(-1), reduction="batchmean"),
     "bits": lambda z, y: z.detach().view(torch.int32).float().mean(),

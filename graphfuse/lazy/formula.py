@@ -14,7 +14,8 @@ Age = tuple[int | None, int] | None  # version and address; writes through `.dat
 Step = tuple[str, Any]  # ("mul" | "div", number), ("tanh", None), ("to", dtype), ("apply", function of whole rows)
 
 
-Choice = tuple[Any, ...]  # ("select", dimension, index) | ("slice", dimension, start, end), not of the last dimension
+Choice = tuple[Any, ...]
+"""("select", dimension, index), ("slice", dimension, start, end), ("copy", ...) of a slice; -1: of the classes."""
 
 
 class Stack(NamedTuple):
@@ -134,6 +135,17 @@ class Formula:
             tensors += [hidden, weight[start:stop]] + ([] if bias is None else [bias[start:stop]])
         return replace(self, tensors=tuple(tensors), ages=tuple(map(_age, tensors)))
 
+    def chosen(self, choices: Sequence[Choice]) -> Formula:
+        """The same for some rows and some classes, which have to be slices of a sum of products."""
+        rows = [choice for choice in choices if choice[1] != -1]
+        formula = self.of_rows(lambda tensor: choose(tensor, rows)) if rows else self
+        for _, _, *where in (choice for choice in choices if choice[1] == -1):
+            start, stop, _ = slice(*where).indices(formula.shape[-1])
+            some = formula if stop - start == formula.shape[-1] else formula.of_classes(start, stop)
+            assert some is not None, "formula: expected a sum of products to choose classes of"
+            formula = some
+        return formula
+
     def then(self, *steps: Step) -> Formula:
         """The same, with more steps."""
         return replace(self, steps=(*self.steps, *steps))
@@ -209,14 +221,18 @@ def apply_formula(
     stack: Stack | None = None,
 ) -> Tensor:
     """Compute logits, or some rows: the sum or a stack of linear layers, then `steps`, in the dtypes of the model."""
-    formula = Formula.of(tensors, parts, steps, stack).of_rows(lambda rows: choose(rows, choices))
+    formula = Formula.of(tensors, parts, steps, stack).chosen(choices)
     return formula.after()(*_outputs(formula.tensors, formula.parts))
 
 
 def choose(rows: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Some rows, by their leading dimensions."""
+    """Some rows, by their leading dimensions, and some classes."""
     for name, dim, *where in choices:
-        rows = rows.select(dim, where[0]) if name == "select" else rows[(slice(None),) * dim + (slice(*where),)]
+        if name == "select":
+            rows = rows.select(dim, where[0])
+        else:
+            rows = rows[..., slice(*where)] if dim == -1 else rows[(slice(None),) * dim + (slice(*where),)]
+            rows = rows.contiguous() if name == "copy" else rows
     return rows
 
 

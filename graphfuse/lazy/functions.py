@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphfuse.lazy.formula import Step, apply_steps
 from graphfuse.lazy.table import FUNCTIONS, Function, handles
-from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula
+from graphfuse.lazy.tensor import LazyLogits, Source, lazy, live_formula, plain
 
 _LIKE = "empty_like zeros_like ones_like full_like rand_like randn_like"
 _NEW = "new_empty new_zeros new_ones new_full new_tensor"
@@ -123,8 +123,10 @@ def _item(tensor: Any, index: Any) -> Any:
     free = tensor.dim() - sum(_dimensions(part) for part in parts)
     at = next((k for k, part in enumerate(parts) if part is Ellipsis), len(parts))
     parts = [*parts[:at], *[slice(None)] * free, *parts[at + 1 :]]
-    if free < 0 or not isinstance(parts[-1], slice):
+    if free < 0:
         return NotImplemented
+    if not isinstance(parts[-1], slice):
+        return _of_few(tensor, parts)
     where = (*parts[:-1], slice(None))
     if parts[-1].indices(tensor.shape[-1]) != (0, tensor.shape[-1], 1):
         rows = tensor if all(part == slice(None) for part in where) else _item(tensor, where)
@@ -165,6 +167,15 @@ def _classes(tensor: Any, which: slice) -> Any:
         return values[..., start:stop]
 
     return lazy(Source(chosen, None, tensor.source, choose, shares=True), choose(stand_in(tensor)))
+
+
+def _of_few(tensor: Any, parts: list[Any]) -> Any:
+    """Some classes of some rows, `logits[:, -1, [yes, no]]`: those rows are read, and no others."""
+    *lead, classes = parts
+    if all(part == slice(None) for part in lead) or any(isinstance(part, Tensor) for part in lead):
+        return NotImplemented
+    rows = _item(tensor, (*lead, slice(None)))
+    return rows if rows is NotImplemented else plain(rows)[..., classes]
 
 
 def _entries(tensor: Any, indices: list[Any]) -> Any:
@@ -270,7 +281,7 @@ def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return NotImplemented
     wanted = tensor.dtype if dtype is None else dtype
     if wanted == tensor.dtype and kwargs.get("copy"):
-        return stepped(tensor)
+        return _copy(tensor)
     return _cast(tensor, wanted)
 
 
@@ -279,7 +290,12 @@ def _clone(tensor: Any, *, memory_format: Any = torch.preserve_format) -> Any:
     preserved = memory_format in (torch.preserve_format, torch.contiguous_format)
     if live_formula(tensor, whole=True) is None or not preserved or not tensor.is_contiguous():
         return NotImplemented
-    return stepped(tensor)
+    return _copy(tensor)
+
+
+def _copy(tensor: LazyLogits) -> Tensor:
+    """A copy without history has no use but to outlive what it is made from."""
+    return stepped(tensor) if tensor.requires_grad and torch.is_grad_enabled() else tensor.source.values()
 
 
 @handles("detach")

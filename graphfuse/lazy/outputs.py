@@ -34,6 +34,7 @@ TRANSPOSES = {aten.t.default, aten.transpose.int, aten.permute.default}
 
 NAME = "lazy_logits"
 WHY = "computed when it is read, and then without what has no use"
+CLASSES, BIAS = "classes", "bias"  # steps that are none in the end: some of the classes, (start, end); their bias
 MIN_VOCABULARY = 8192  # classes, from which an output that no loss in the graph reads is taken for logits
 
 
@@ -131,7 +132,7 @@ class Slot:
             return apply_formula(*tensors, parts=self.parts, steps=self.steps, choices=self.choices, stack=self.stack)
         formula = Formula.of(tensors, self.parts, self.steps, self.stack)
         like = choose(formula.like(), self.choices)
-        return lazy(Source(formula.of_rows(lambda rows: choose(rows, self.choices))), like)
+        return lazy(Source(formula.chosen(self.choices)), like)
 
 
 @dataclass(frozen=True)
@@ -184,17 +185,19 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None
     found = _before_steps(whole)
     if found is None or not whole.tensor.is_contiguous():
         return None
-    summands, steps = [found[0]], found[1]
+    bias, all_steps = _first_bias(found[1])
+    summands, steps = [found[0]], tuple(step for step in all_steps if step[0] != CLASSES)
+    choices = (*(("copy", -1, *where) for name, where in all_steps if name == CLASSES), *choices)
     stack = _stack(found[0], whole)
     if stack is not None:
         summands = list(found[0].args[0])
     while summed := _summed(summands[0]):  # from the left, as a loop adds them
         summands[:1] = summed
-    described = [_part(summand, summand.shape if stack else whole.shape, shadow) for summand in summands]
+    described = [_part(summand, summand.shape if stack else whole.shape, shadow, bias) for summand in summands]
     kept = [each for each in described if each is not None]
     products = [product for product, *_ in kept]
     parts = tuple(part for _, part, _ in kept)
-    if len(kept) < len(described) or len(set(products)) < len(products):
+    if len(kept) < len(described) or len(set(products)) < len(products) or BIAS in dict(steps):
         return None
     if len({product.shape[-1] for product in products}) > 1 or (choices and stack):
         return None
@@ -216,18 +219,23 @@ def _describe(output: Value, shadow: Shadow) -> tuple[Match, list[Value]] | None
 
 
 def _before_choices(value: Value) -> tuple[Value, tuple[Choice, ...]]:
-    """The value before some of its rows were chosen, and which."""
+    """The value before some of its rows or classes were chosen, and which."""
     choices: list[Choice] = []
     while value.op in (aten.select.int, aten.slice.Tensor, *IDENTITIES):
         operand = value.args[0]
+        if value.tensor.is_contiguous() and not operand.tensor.is_contiguous():
+            choices.insert(0, ("copy", -1, 0, None))
         if value.op not in IDENTITIES:
             dim = argument(value, 1, "dim", 0) % operand.tensor.dim()
             where = [argument(value, 2, "index" if value.op is aten.select.int else "start")]
             where += [] if value.op is aten.select.int else [argument(value, 3, "end")]
             is_plain = all(type(number) in (int, type(None)) for number in where)
-            if dim == operand.tensor.dim() - 1 or not is_plain or argument(value, 4, "step", 1) != 1:
+            is_last = dim == operand.tensor.dim() - 1
+            if not is_plain or argument(value, 4, "step", 1) != 1 or (is_last and value.op is aten.select.int):
                 break
-            choices.insert(0, ("select" if value.op is aten.select.int else "slice", dim, *where))
+            if is_last and where[1] is not None and where[1] >= 0:  # from the end, as a proof has fewer classes
+                where[1] = min(where[1] - operand.shape[-1], 0) or None
+            choices.insert(0, ("select" if value.op is aten.select.int else "slice", -1 if is_last else dim, *where))
         value = operand
     return value, tuple(choices)
 
@@ -243,14 +251,20 @@ def _stack(value: Value, output: Value) -> Stack | None:
     return Stack(dim, flat if flat > 1 else 0) if dim < rank - 1 and is_flat else None
 
 
-def _part(summand: Value, shape: tuple[int, ...], shadow: Shadow) -> tuple[Value, Part, list[Value]] | None:
-    """The product of a linear layer with what follows it, and its tensors as results of graph nodes."""
+def _part(
+    summand: Value, shape: tuple[int, ...], shadow: Shadow, added: list[Value]
+) -> tuple[Value, Part, list[Value]] | None:
+    """The product of a linear layer with what follows it, a bias first, and its tensors as results of graph nodes."""
     found = _before_steps(summand)
     if found is None or found[0].op not in PRODUCTS:
         return None
-    product, steps = found
+    own, steps = _first_bias(found[1])
+    product = found[0]
     *bias, left, right = product.args
+    bias = [*bias, *own, *added]
     if right.op not in TRANSPOSES or right.args[0].tensor.dim() != 2 or product.kwargs:
+        return None
+    if len(bias) > 1 or {BIAS, CLASSES} & dict(steps).keys():
         return None
     hidden: Value | None = left
     while hidden is not None and hidden.shape[:-1] != shape[:-1]:
@@ -271,6 +285,11 @@ def _before_steps(value: Value) -> tuple[Value, tuple[Step, ...]] | None:
         value, *name = step
         steps[:0] = [(name[0], name[1])] if name else []
     return value, tuple(steps)
+
+
+def _first_bias(steps: tuple[Step, ...]) -> tuple[list[Value], tuple[Step, ...]]:
+    """The bias, if one is added before all else, and the other steps."""
+    return ([steps[0][1]], steps[1:]) if steps and steps[0][0] == BIAS else ([], steps)
 
 
 def _summed(value: Value) -> list[Value]:
@@ -314,8 +333,14 @@ def _step(value: Value) -> tuple[Value] | tuple[Value, str, Any] | None:
         return (operand,)
     if value.op in CASTS and value.dtype.is_floating_point:
         return operand, "to", value.dtype
+    if value.op is aten.slice.Tensor and operand.shape[:-1] == value.shape[:-1]:
+        _, choices = _before_choices(value)
+        return (operand, CLASSES, choices[-1][2:]) if choices else None
     if value.op is aten.tanh.default:
         return operand, "tanh", None
+    if value.op is aten.add.Tensor and len(operands) == 2 and not value.kwargs:
+        one, other = operands if operands[0].shape == value.shape else operands[::-1]
+        return (one, BIAS, other) if one.shape == value.shape and other.shape == value.shape[-1:] else None
     if value.op in MUL | DIV and len(value.args) == 2:
         factor = scalar(value.args[1] if value.args[0] is operand else value.args[0])
         if factor is not None and (value.args[0] is operand or value.op in MUL):

@@ -65,6 +65,8 @@ def prove(match: Match, shadow: Shadow) -> Proof:
 
     Proofs are kept for the life of the process, under everything that they depend on.
     """
+    if nothing := next((value for value in match.outputs if 0 in value.shape), None):
+        return Proof(f"certify: expected numbers to compare, got none in {nothing.node.name}")
     key, trial = _trial(match, shadow)
     if key not in _proved:
         with _by_itself():
@@ -85,8 +87,6 @@ def _trial(match: Match, shadow: Shadow) -> tuple[Any, _Trial]:
     """The proof that a match needs, and what it depends on."""
     region = shadow.cone(match.outputs, match.inputs)
     prefix, leaves = _lead_in(match, shadow)
-    if nothing := next((value for value in match.outputs if 0 in value.shape), None):
-        return Proof(f"certify: expected numbers to compare, got none in {nothing.node.name}")
     ends = [*leaves, *prefix, *region]
     key = (
         match.replacement,

@@ -7,6 +7,7 @@ float64, next to those of eager in the same dtype; memory is what a call needs b
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from graphfuse.bench.timing import measure
 
 NO_GPU = "graphfuse bench head: expected a CUDA GPU to measure, got none that torch can use"
 IGNORED = -100
+LARGER = 8  # of chunks: with it, Liger-Kernel takes as many tokens at a time as the largest products are fast with
 TRUTH_ROWS = 1024  # tokens whose logits are held in float64 at a time
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -87,11 +89,25 @@ def losses() -> dict[str, Loss]:
 
         loss = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED)
         found["liger"] = lambda hidden, weight, labels: loss(weight, hidden, labels)
+        found[f"liger-{LARGER}"] = _liger_in_larger_chunks
     if importlib.util.find_spec("cut_cross_entropy") is not None:
         from cut_cross_entropy import linear_cross_entropy  # type: ignore[import-not-found]
 
         found["cce"] = lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, ignore_index=IGNORED)
     return found
+
+
+def _liger_in_larger_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Liger-Kernel's with its constant for the size of chunks raised, which its module does not pass on."""
+    from liger_kernel.ops.fused_linear_cross_entropy import (  # type: ignore[import-not-found]
+        LigerFusedLinearCrossEntropyFunction,
+    )
+
+    names = inspect.signature(LigerFusedLinearCrossEntropyFunction.forward).parameters
+    options = {name: name_of.default for name, name_of in list(names.items())[4:]}
+    options |= {"ignore_index": IGNORED, "chunk_mem_const": LARGER}
+    loss: Tensor = LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, labels, *options.values())[0]
+    return loss
 
 
 def problem(case: Case, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

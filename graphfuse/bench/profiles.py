@@ -24,7 +24,8 @@ OTHER = "other"
 LIBRARY = r"^(?!triton_(?:poi|red|per)_).*"  # what Inductor fuses around a library's kernel is named after it, too
 CATEGORIES = {  # in this order: the first that is found
     "attention": LIBRARY + r"(flash|fmha|sdpa|attention|attn)",
-    "GEMM": LIBRARY + r"(gemm|nvjet|cutlass|cublas|xmma|matmul|splitk|aten::linear|(?<![a-z])(add|b|ba)?mm(?![a-z]))",
+    "GEMM": LIBRARY
+    + r"(gemm|nvjet|cutlass|cublas|xmma|matmul|splitk|aten::linear|(?<![a-z])(add|b|ba)?mm(?![a-z]))|add_product",
     "head and loss": r"softmax|nll|cross_entropy|token_losses|logsumexp|scale_kernel|element_mul_kernel",
     "norm": r"norm|rsqrt|meanops|pow_tensor|add_parts_kernel",
     "rope": r"rope|rotary|(?<![a-z])(cos|sin)(?![a-z])",

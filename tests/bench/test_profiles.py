@@ -32,6 +32,7 @@ from graphfuse.bench.profiles import by_category, category, of
         ("_swiglu_forward_kernel", "gate"),
         ("triton_poi_fused_mul_silu_7", "gate"),
         ("_softmax_grad_kernel", "head and loss"),
+        ("_add_product_kernel", "GEMM"),
         ("_token_losses_kernel", "head and loss"),
         ("liger_cross_entropy_kernel", "head and loss"),
         ("void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float, float, float>", "head and loss"),

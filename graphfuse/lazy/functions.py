@@ -294,8 +294,11 @@ def _clone(tensor: Any, *, memory_format: Any = torch.preserve_format) -> Any:
 
 
 def _copy(tensor: LazyLogits) -> Tensor:
-    """A copy without history has no use but to outlive what it is made from."""
-    return stepped(tensor) if tensor.requires_grad and torch.is_grad_enabled() else tensor.source.values()
+    """A copy of what has no history has no use but to outlive what it is made from.
+
+    What has one may be copied without gradients by an autograd function that passes it on, as DDP's does.
+    """
+    return stepped(tensor) if tensor.requires_grad else tensor.source.values()
 
 
 @handles("detach")

@@ -17,7 +17,8 @@ Relative error of the sum over 16384 tokens, over that of one product rounded on
     peaked            either   1.00    1.00    1.01
 
 On an H200, forward and backward of 16384 x 4096 x 128256 in 8 chunks and 16384 x 1024 x 151936 in 10, random logits:
-error over eager's, memory beyond the inputs, time (of the three GEMMs alone: 76.5 and 23.0 ms):
+error over eager's, memory beyond the inputs, time (of the three GEMMs alone: 76.5 and 23.0 ms). In fp16 as cuBLAS
+adds up, with passes that turn both factors into fp16 and one back; what they cost now is in docs/performance.md:
 
     fp16    1.05, 1.594 GiB, 83.8 ms      1.06, 0.793 GiB, 32.0 ms
     bf16    1.36, 1.594 GiB, 80.7 ms      1.59, 0.793 GiB, 29.7 ms
@@ -36,12 +37,10 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._half_product import ALIGNED, add_product
-from graphfuse.kernels._softmax_grad import Factors
+from graphfuse.kernels._softmax_grad import VECTOR_BYTES, Factors
 from graphfuse.kernels._triton import HAS_TRITON
 
 SUM_TOP = 2.0**15  # what the sum would become if the largest gradients and features met in all tokens
-
-LOAD_BYTES = 16
 
 LARGEST_LSE = 1024.0  # a z-loss alone overflows at logits of twice this
 
@@ -138,10 +137,10 @@ def splits(x: Tensor) -> bool:
 def whole_loads(length: int, x: Tensor) -> list[slice]:
     """Return the part of a dim, in tensors like `x`, that fills loads of 16 bytes, and the few elements behind it.
 
-    cuBLAS has kernels of another decade for dims that do not: 16384 tokens of 2048 features and 49155 classes take
-    them 66 ms in the place of 20.
+    cuBLAS has kernels of another decade for dims that do not: on an H200 they take 66 ms for the logits of 16384 tokens
+    of 2048 features and 49155 classes and the gradient of the hidden states.
     """
-    multiple = LOAD_BYTES // x.element_size()
+    multiple = VECTOR_BYTES // x.element_size()
     whole = length // multiple * multiple
     if not splits(x) or whole in (0, length):
         return [slice(0, length)]

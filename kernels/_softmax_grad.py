@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._ahead import address
+from graphfuse.kernels._op import VECTOR_BYTES
 from graphfuse.kernels._softmax_device import (
     tl_gradient,
     tl_load_or_zero,
@@ -47,7 +48,6 @@ ROW_MULTIPLE = 64
 # classes (0.38 for two reads and a write). Two loads take as long, four 0.50 ms; 32 warps on one row for each
 # multiprocessor, whose second read then meets the cache, 0.49 ms.
 WARPS = 8
-VECTOR_BYTES = 16  # of a load
 
 
 class Logits(NamedTuple):

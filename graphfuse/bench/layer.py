@@ -46,4 +46,10 @@ def of(workload: Workload) -> tuple[nn.Module, dict[str, Any]]:
     settings = {**workload.config, "num_hidden_layers": 1, "vocab_size": 8}
     config = AutoConfig.for_model(workload.model_type, **settings)
     states = torch.randn(workload.batch, workload.seq, workload.config["hidden_size"])
-    return Layer(AutoModel.from_config(config), states), {}
+    model = AutoModel.from_config(config)
+    # The squares of what a norm returns have the same mean whatever goes in, unless features weigh differently.
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.uniform_(0.5, 1.5)
+    return Layer(model, states), {}

@@ -263,8 +263,8 @@ def test_chunk_size_follows_from_the_budget():
 
     assert chosen(16384, 128256) == 2048
     assert chosen(16384, 151936) == 1664  # ten equal chunks, not nine and a rest
-    assert chosen(16384, 128256, itemsize=4) == 1024
-    assert chosen(16384, 1_000_000) == 1024
+    assert chosen(16384, 128256, itemsize=4) == 1664
+    assert chosen(16384, 1_000_000) == 1664
     assert chosen(16384, 32000) == 8192
     assert chosen(65536, 128256) == 4096  # sixteen chunks at most
     assert chosen(2**20, 128256) == 8192  # and no chunk over this

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from graphfuse.kernels._bf16 import tl_widen
 from graphfuse.kernels._strides import fold
 from graphfuse.kernels._triton import tl, triton
 
@@ -68,15 +69,17 @@ def tl_load_tile(ptr, rows, N1, N2, strides, cols, mask):
         return 0.0
     else:
         ptrs = ptr + tl_row_offsets(rows, N1, N2, strides) + cols * strides[3]
-        return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        return tl_widen(tl.load(ptrs, mask=mask, other=0.0))
 
 
 @triton.jit
 def tl_load_scale(weight_ptr, stride, cols, D: tl.constexpr, OFFSET: tl.constexpr):
-    """Return offset + weight."""
-    scale = tl.load(weight_ptr + cols * stride, mask=cols < D, other=0.0).to(tl.float32)
-    if OFFSET != 0.0:
-        scale = scale + OFFSET
+    """Return offset + weight, or None."""
+    scale = None
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + cols * stride, mask=cols < D, other=0.0).to(tl.float32)
+        if OFFSET != 0.0:
+            scale = scale + OFFSET
     return scale
 
 
@@ -104,31 +107,27 @@ def tl_rstd(mean, EPS: tl.constexpr, GAIN: tl.constexpr, MODE: tl.constexpr):
 def tl_normalize(
     x,
     rstd,
-    weight_ptr,
-    weight_stride,
-    cols,
-    D: tl.constexpr,
-    OFFSET: tl.constexpr,
+    scale,  # or None
     NORMALIZED: tl.constexpr,
 ):
     """Return y before its rounding."""
     y = x * rstd
     if NORMALIZED is not None:
         y = y.to(NORMALIZED).to(tl.float32)
-    if weight_ptr is not None:
-        y = y * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
+    if scale is not None:
+        y = y * scale
     return y
 
 
 @triton.jit
 def tl_load_sum(x_ptrs, residual_ptrs, total_ptrs, mask):
     """Return x, or where there is a total, the rounded sum with the residual, which is stored."""
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x = tl_widen(tl.load(x_ptrs, mask=mask, other=0.0))
     if total_ptrs is not None:
-        total = x + tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        total = x + tl_widen(tl.load(residual_ptrs, mask=mask, other=0.0))
         total = total.to(total_ptrs.dtype.element_ty)
         tl.store(total_ptrs, total, mask=mask)
-        x = total.to(tl.float32)
+        x = tl_widen(total)
     return x
 
 
@@ -137,8 +136,8 @@ def tl_store_sum(y_ptrs, y, residual_ptrs, mask, ROUNDED: tl.constexpr):
     """Store y, or where there is a residual, its sum with the rounded y."""
     if residual_ptrs is not None:
         if ROUNDED is not None:
-            y = y.to(ROUNDED).to(tl.float32)
-        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            y = tl_widen(y.to(ROUNDED))
+        y += tl_widen(tl.load(residual_ptrs, mask=mask, other=0.0))
     tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=mask)
 
 
@@ -183,10 +182,12 @@ def rms_norm_kernel(
     if D <= BLOCK_D:
         mask = (rows < R) & (cols < D)
         x = tl_load_sum(x_ptrs, sum_ptrs, total_ptrs, mask)
+        # Asked for before the sum is waited for.
+        scale = tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
         squares = tl.sum(x * x, axis=1, keep_dims=True)
         # Rows beyond R must not divide by zero.
         rstd, _ = tl_rstd(tl.where(rows < R, squares / D, 1.0), EPS, GAIN, MODE)
-        y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
+        y = tl_normalize(x, rstd, scale, NORMALIZED)
         tl_store_sum(y_ptrs, y, after_ptrs, mask, ROUNDED)
     else:
         tl.static_assert(BLOCK_R == 1)
@@ -211,10 +212,11 @@ def rms_norm_kernel(
             mask = at + cols < D
             if total_ptr is not None:
                 # A thread reads what it has written itself.
-                x = tl.load(total_ptrs + at * total_strides[3], mask=mask, other=0.0).to(tl.float32)
+                x = tl_widen(tl.load(total_ptrs + at * total_strides[3], mask=mask, other=0.0))
             else:
-                x = tl.load(x_ptrs + at * x_strides[3], mask=mask, other=0.0).to(tl.float32)
-            y = tl_normalize(x, rstd, weight_ptr, weight_stride, first + cols, D, OFFSET, NORMALIZED)
+                x = tl_widen(tl.load(x_ptrs + at * x_strides[3], mask=mask, other=0.0))
+            scale = tl_load_scale(weight_ptr, weight_stride, first + cols, D, OFFSET)
+            y = tl_normalize(x, rstd, scale, NORMALIZED)
             if after_ptrs is not None:
                 tl_store_sum(y_ptrs + at * y_strides[3], y, after_ptrs + at * residual_strides[3], mask, ROUNDED)
             else:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._rms_norm_kernel import (
     Launch,
     tl_cols,
@@ -212,10 +213,13 @@ def layer_norm_backward_kernel(
     GAIN: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if OVERLAP:
+        tl_let_next_begin()
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     # program * D can exceed 2**31.

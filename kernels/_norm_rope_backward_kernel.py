@@ -9,6 +9,7 @@ gradient; the parts are added as for `rms_norm`.
 from __future__ import annotations
 
 from graphfuse.kernels._norm_rope_kernel import tl_load_rest, tl_store_rest, tl_total
+from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._rms_norm_kernel import tl_rstd
 from graphfuse.kernels._rope_kernel import (
     COUNTS,
@@ -223,8 +224,11 @@ def norm_rope_backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     SPREAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if OVERLAP:
+        tl_let_next_begin()
     program = tl.program_id(0)
     tl_norm_and_rotate_backward(
         program, grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, x_grad_ptr, parts_ptr,

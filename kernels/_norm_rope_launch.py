@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphfuse.kernels._norm_rope_backward_kernel import norm_rope_backward_kernel
 from graphfuse.kernels._norm_rope_kernel import norm_rope_kernel
-from graphfuse.kernels._parts import add_parts_
+from graphfuse.kernels._parts import add_parts_, overlap
 from graphfuse.kernels._rms_norm_kernel import NormOptions, num_sms
 from graphfuse.kernels._rope_launch import Rotation, Table, heads_per_program, plan_walk
 from graphfuse.kernels._triton import launch, tl, triton
@@ -228,6 +228,7 @@ def norm_rope_backward_triton_(
         *((*others[0][:-1], parts[1]) if others else [None] * 5),
         *plan.args,
         **plan.constants,
+        OVERLAP=overlap(cos.device),
         STAGES=STAGES,
     )
     add_parts_(*((part, each.weight_grad) for each, part in zip(tensors, parts, strict=True)))

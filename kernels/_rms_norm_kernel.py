@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 
 from graphfuse.kernels._bf16 import tl_widen
+from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._strides import fold
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import HAS_PTX, tl, triton
 
 MAX_ROW_DIMS = 3  # that the kernels can tell apart
 MAX_ROWS = 2**31 - 2**16  # rows are counted in int32, and a tile may run over the end
@@ -101,6 +102,21 @@ def tl_rstd(mean, EPS: tl.constexpr, GAIN: tl.constexpr, MODE: tl.constexpr):
         inverse = 1.0 / tl.where(root < EPS, EPS, root)
         k = tl.where((root >= EPS) & (root > 0.0), inverse * inverse, 0.0)
     return GAIN * inverse, k
+
+
+@triton.jit
+def tl_add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def tl_sum_both(a, b):
+    """Return the sums of both over the features of each row, for which the threads of a row meet once."""
+    if HAS_PTX:
+        return tl.reduce((a, b), 1, tl_add_both, keep_dims=True)
+    else:
+        # To the interpreter, any other reduction than a sum is a loop in Python.
+        return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -244,10 +260,13 @@ def rms_norm_backward_kernel(
     GAIN: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if OVERLAP:
+        tl_let_next_begin()
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     # program * D can exceed 2**31.
@@ -270,14 +289,14 @@ def rms_norm_backward_kernel(
             grad = tl_load_tile(grad_ptr, rows, N1, N2, grad_strides, cols, mask)
             add = tl_load_tile(add_ptr, rows, N1, N2, add_strides, cols, mask)
 
-            mean = tl.sum(x * x, axis=1, keep_dims=True) / D
-            rstd, k = tl_rstd(tl.where(rows < R, mean, 1.0), EPS, GAIN, MODE)
+            scaled = grad
+            if weight_ptr is not None:
+                scaled = grad * scale
+            squares, products = tl_sum_both(x * x, scaled * x)
+            rstd, k = tl_rstd(tl.where(rows < R, squares / D, 1.0), EPS, GAIN, MODE)
             if parts_ptr is not None:
                 weight_grad += grad * (x * rstd)
-            if weight_ptr is not None:
-                grad = grad * scale
-            slope = k * (tl.sum(grad * x, axis=1, keep_dims=True) / D)
-            x_grad = rstd * (grad - x * slope) + add
+            x_grad = rstd * (scaled - x * (k * (products / D))) + add
 
             x_grad_ptrs = x_grad_ptr + tl_row_offsets(rows, N1, N2, x_grad_strides)
             x_grad_ptrs += cols * x_grad_strides[3]

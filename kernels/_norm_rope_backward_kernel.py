@@ -219,8 +219,7 @@ def norm_rope_backward_kernel(
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    if OVERLAP:
-        tl_let_next_begin()
+    tl_let_next_begin(OVERLAP)
     program = tl.program_id(0)
     tl_norm_and_rotate_backward(
         program, grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, x_grad_ptr, parts_ptr,

@@ -21,7 +21,7 @@ TILE = 4096  # elements of a program at most, 32 to a thread
 # heads, so that their entries of the tables, and of the weight, are in its registers once.
 HEADS = {"forward": 2, "backward": 2}
 MAX_ACROSS = 8192  # features of all heads together that a program holds
-PER_SM = 2  # programs of backward that a multiprocessor runs at once
+PER_SM = 3  # programs of backward that a multiprocessor runs at once
 STAGES = 3  # backward loads the next tiles but one ahead
 
 

@@ -1,7 +1,7 @@
 """Sums of what each program of a backward has of a weight's gradient: in a fixed order, so that runs agree.
 
-They are a kernel of a few microseconds behind one that may itself take only ten. So it is on its way before that one has
-ended, on GPUs that can do so: Hopper's and later ones. It waits for the parts then, and not for its own launch.
+They are a kernel of a few microseconds behind one that may itself take only ten. So it is on its way before that one
+has ended, on GPUs that can do so: Hopper's and later ones. It waits for the parts then, and not for its own launch.
 """
 # Shape letters: D = features of a row, P = programs of backward.
 
@@ -14,24 +14,26 @@ from torch import Tensor
 
 from graphfuse.kernels._triton import launch, tl, triton
 
-# Of a program: eight 16-byte loads of a thread at a time, of all parts at once where there are no more than MAX_BLOCK_P.
+# Of a program: eight 16-byte loads of a thread at a time, of all parts at once up to MAX_BLOCK_P.
 TILE, NUM_WARPS = 8192, 8
 MIN_BLOCK_P, MAX_BLOCK_P = 256, 1024
 OVERLAPS = True  # whether the kernel is launched early where that is possible
 
 
 @triton.jit
-def tl_let_next_begin():
+def tl_let_next_begin(OVERLAP: tl.constexpr):
     """Say that the next kernel, if it was launched to be early, may occupy what this one leaves free."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
-def tl_wait_for_previous():
+def tl_wait_for_previous(OVERLAP: tl.constexpr):
     """Wait until the kernel before this one has ended, and what it wrote can be read."""
-    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    if OVERLAP:
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -60,8 +62,7 @@ def add_parts_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    if OVERLAP:
-        tl_wait_for_previous()
+    tl_wait_for_previous(OVERLAP)
     if other_parts_ptr is None or tl.program_id(1) == 0:
         tl_add_parts(parts_ptr, total_ptr, P, D, BLOCK_P, BLOCK_D)
     else:

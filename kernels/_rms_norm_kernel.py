@@ -265,8 +265,7 @@ def rms_norm_backward_kernel(
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    if OVERLAP:
-        tl_let_next_begin()
+    tl_let_next_begin(OVERLAP)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     # program * D can exceed 2**31.

@@ -21,7 +21,8 @@ TILE = 4096  # elements of a program at most, 32 to a thread
 # heads, so that their entries of the tables, and of the weight, are in its registers once.
 HEADS = {"forward": 2, "backward": 2}
 MAX_ACROSS = 8192  # features of all heads together that a program holds
-PER_SM = 3  # programs of backward that a multiprocessor runs at once
+# Programs of backward that a multiprocessor has registers for, and of what takes more: two tensors, or all heads.
+PER_SM, PER_SM_LARGE = 3, 2
 STAGES = 3  # backward loads the next tiles but one ahead
 
 
@@ -206,7 +207,8 @@ def norm_rope_backward_triton_(
     plan = plan_launch(shapes, *tables, rotation, options, across, True)
     if plan is None:
         return False
-    num_programs = min(max(plan.tiles), PER_SM * num_sms(cos.device))
+    per_sm = PER_SM if len(tensors) == 1 and across < 0 else PER_SM_LARGE
+    num_programs = min(max(plan.tiles), per_sm * num_sms(cos.device))
     widths = (plan.constants["W"], plan.constants["OTHER_W"])
     parts = [
         None if each.weight_grad is None else each.x.new_empty(num_programs, width, dtype=torch.float32)

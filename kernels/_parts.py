@@ -14,8 +14,9 @@ from torch import Tensor
 
 from graphfuse.kernels._triton import launch, tl, triton
 
-# Of a program: eight 16-byte loads of a thread at a time, of all parts at once up to MAX_BLOCK_P.
-TILE, NUM_WARPS = 8192, 8
+# Of a program: two 16-byte loads of a thread at a time, of all parts at once up to MAX_BLOCK_P. Of more loads, some
+# would wait for others: the compiler spares registers.
+TILE, NUM_WARPS = 4096, 16
 MIN_BLOCK_P, MAX_BLOCK_P = 256, 1024
 OVERLAPS = True  # whether the kernel is launched early where that is possible
 

@@ -92,13 +92,14 @@ class Hopper(DriverBase):
 
 def pretend() -> Hopper:
     """Have kernels compiled and launched for a GPU that is not there, of tensors on the CPU."""
-    from graphfuse.kernels import _norm_rope_launch, _op, _rms_norm_kernel, layer_norm, rms_norm
+    from graphfuse.kernels import _norm_rope_launch, _op, _parts, _rms_norm_kernel, layer_norm, rms_norm
 
     hopper = Hopper()
     driver.set_active(hopper)
     _op.launches = lambda *operands: _op.compute_dtype(*operands) == torch.float32
     for module in (_norm_rope_launch, _rms_norm_kernel, layer_norm, rms_norm):
         module.num_sms = lambda _: MULTIPROCESSORS
+    _parts.can_overlap = lambda _: True
     return hopper
 
 

@@ -44,7 +44,16 @@ from graphfuse.shadow import Shadow, Value, bodies_of
 Found = dict[Shadow, list[tuple[Pattern, Match | Refusal]]]
 
 logs.set_up()
-ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
+
+
+def begin() -> None:
+    """What is best done before Dynamo traces: on a GPU, the start of the processes that compile kernels."""
+    ignore_messages_said_once()
+    if torch.cuda.is_initialized():
+        wake()
+
+
+begin()  # torch.compile imports this file when it is told the backend's name
 
 
 def graphfuse(

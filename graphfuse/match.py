@@ -61,7 +61,8 @@ class Match:
         frees: what the region keeps for backward and the replacement need not: "activations", "logits", or "" if
             that is not known.
         choose: measures what only measuring can decide, such as which of several kernels runs at this size; `None`
-            where there is nothing to choose.
+            where there is nothing to choose. With `ahead=True` it decides nothing, and has started in the background
+            what it would wait for.
         implementation: for people: in which implementation the kernel runs, if not in Triton.
         stored: an input that exists in memory for the replacement's sake alone: Inductor would compute it where the
             region reads it.
@@ -83,7 +84,7 @@ class Match:
     formula: str = ""
     rounding: str = ""
     frees: Literal["activations", "logits", ""] = "activations"
-    choose: Callable[[], Choice | None] | None = None
+    choose: Callable[..., Choice | None] | None = None
     implementation: str = ""
     stored: Value | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graphfuse.kernels._sdpa_times import Times, fastest
+from graphfuse.kernels._sdpa_times import Times, fastest, load
 from graphfuse.match import Choice
 from graphfuse.shadow import Value
 
@@ -21,17 +21,25 @@ def trains(value: Value, *inputs: Value) -> bool:
     return value.grad_mode and any(one.tensor.requires_grad for one in inputs)
 
 
-def choose_kernel(states: States, *, is_causal: bool, trains: bool, **others: Any) -> Choice | None:
+def choose_kernel(
+    states: States, *, is_causal: bool, trains: bool, ahead: bool = False, **others: Any
+) -> Choice | None:
     """The argument `kernel` of attention without a mask that is read; `others` are set along with it."""
+    if ahead:
+        load(*states(), is_causal=is_causal, trains=trains)
+        return None
     found = fastest(*states(), is_causal=is_causal, trains=trains)
     if found is None:
         return None
     return Choice({"kernel": found.fastest, **others}, f"by {NAMES[found.fastest]}", _told(found, trains))
 
 
-def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool) -> Choice | None:
+def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool, ahead: bool = False) -> Choice | None:
     """The arguments `causal_kernel` and `masked_kernel` of attention whose mask is looked at on every call."""
     query, key, value = states()
+    if ahead:  # of kernels that read a mask, the libraries are the same
+        load(query, key, value, is_causal=True, trains=trains)
+        return None
     causal = fastest(query, key, value, is_causal=True, trains=trains)
     if causal is None:
         return None

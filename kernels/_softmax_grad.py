@@ -298,8 +298,8 @@ def softmax_grad_triton(
     row_stride = logits.stride(0)
     assert logits.stride(1) == 1, "logits must be dense along the classes"
     assert row_stride >= vocab, "rows of logits must not overlap"
-    assert row_stride % ROW_MULTIPLE == 0, "rows of logits must be padded"
-    assert address(logits) % VECTOR_BYTES == 0, "rows of logits must be aligned"
+    step = row_stride * logits.element_size()
+    assert address(logits) % VECTOR_BYTES == step % VECTOR_BYTES == 0, "rows of logits must be aligned"
     assert grad is None or (address(grad), grad.stride()) == (address(logits), logits.stride()), "same memory"
     assert target.dtype == torch.int64, "targets must be int64"
     vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]

@@ -81,6 +81,11 @@ def twins(**kwargs):
     return model, twin
 
 
+@pytest.mark.parametrize("name", ["lazy.materialised", "ops.rms_norm"])
+def test_reaches_its_modules_by_name(name):
+    subprocess.run([sys.executable, "-c", f"import graphfuse; graphfuse.{name}"], check=True)
+
+
 def test_is_found_by_name_without_an_import():
     script = (
         "import sys, torch\n"

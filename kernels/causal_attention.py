@@ -130,12 +130,11 @@ def _backward(
     kernel = causal_kernel if causal else masked_kernel
     seeing = _without(query, blind)
     q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel)
-    if blind is not None and allowed is not None:
-        if is_added:
-            k_grad = k_grad + _of_blind(grad, query, key, value, allowed, blind, scale)
-        else:
-            q_grad = laid_out(_without(q_grad, blind), query)
-    return q_grad, k_grad, v_grad
+    if blind is not None and allowed is not None and is_added:
+        k_grad = laid_out(k_grad + _of_blind(grad, query, key, value, allowed, blind, scale), key)
+    else:
+        q_grad = _without(q_grad, blind)
+    return laid_out(q_grad, query), k_grad, v_grad
 
 
 def _of_blind(

@@ -143,14 +143,16 @@ def test_tells_compilers_its_strides(device, permute, is_causal):
     torch.testing.assert_close(torch.compile(step)(q, k, v), step(q, k, v))
 
 
-def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device):
+@pytest.mark.parametrize("is_added", [False, True])
+def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device, is_added):
     packed = torch.randn(B, S, 3, 4, D, device=device)
     states = [x.transpose(1, 2).requires_grad_() for x in packed.unbind(2)]
     seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
     mask = torch.zeros(S, S, device=device).masked_fill(~seen, -1e9)
     flag = is_lower_triangle(mask)
     out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "")
-    inputs = (torch.randn_like(out), *(x.detach() for x in states), mask, flag, out.detach(), lse, 0.25, "", "")
+    given = (*(x.detach() for x in states), mask, flag, out.detach(), lse)
+    inputs = (torch.randn_like(out), *given, 0.25, "", "", is_added)
     torch.library.opcheck(torch.ops.graphfuse.causal_attention_backward, inputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from graphfuse.errors import ConfigError, GraphfuseError, GraphfuseWarning, VerificationError
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _LAZY = ("last_report", "optimize", "report")
+_MODULES = ("lazy", "ops")
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +34,6 @@ def __getattr__(name: str) -> Any:
         from graphfuse import api
 
         return getattr(api, name)
+    if name in _MODULES:
+        return importlib.import_module(f"graphfuse.{name}")
     raise AttributeError(f"module 'graphfuse' has no attribute {name!r}")

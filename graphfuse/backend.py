@@ -125,6 +125,9 @@ def compile_graph(
 def _compile(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, graph_record: GraphRecord
 ) -> Callable[..., Any]:
+    if (transform := _transform_in(graph_module)) is not None:
+        graph_record.notes.append(f"torch.func: expected no transform inside the graph, got {transform}")
+        return compile_inner(graph_module, example_inputs, config)
     original = _duplicate(graph_module)
     try:
         # A checkpoint around the call that compiles counts what is saved: replay and proofs are not part of it.
@@ -148,6 +151,21 @@ def _compile(
         compiled = compile_inner(original, example_inputs, config)  # fails too if it is not our doing
         _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
         return compiled
+
+
+def _transform_in(graph_module: fx.GraphModule) -> str | None:
+    """The first transform of torch.func that begins inside the graph: `grad`, `vmap`, `jvp`.
+
+    What lies inside is of tensors that are batched or differentiated once more, for which the ops have no rules. Nor
+    may such a graph be replayed: it forbids hooks on saved tensors, and what fails in it leaves its level behind, in
+    which all that runs later would be.
+    """
+    for module in graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            name = str(getattr(node.target, "__name__", ""))
+            if node.op == "call_function" and name.endswith("_increment_nesting"):
+                return name.removesuffix("_increment_nesting").removeprefix("_")
+    return None
 
 
 def _sites(graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Site]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-from graphfuse.evaluate import CannotEvaluate, evaluate, exact_dtype, fingerprint, roots, small_sizes
+from graphfuse.evaluate import CannotEvaluate, cuts, evaluate, exact_dtype, fingerprint, roots, small_sizes
 from graphfuse.match import Match
 from graphfuse.shadow import Shadow, Value
 
@@ -141,6 +141,7 @@ class _Trial:
 
     def __init__(self, match: Match, region: list[Value], prefix: list[Value], leaves: list[Value]) -> None:
         self.match, self.region, self.prefix, self.leaves = match, region, prefix, leaves
+        self.cuts = cuts([*prefix, *region])
         self.sizes = self._sizes()
         self.exact: float | None = None  # the largest so far, as the next two
         self.region_error: float | None = None
@@ -154,11 +155,13 @@ class _Trial:
         later = {size for value in values for size in value.shape[:-1]}
         for size in list(free):  # a flattened batch: its factors appear further on
             free.update(s for s in later if s and size % s == 0 and size // s in later)
-        return small_sizes(free)
+        free.update(longer for size, longer in self.cuts.items() if size in free)
+        return small_sizes(free, {size: longer for size, longer in self.cuts.items() if size in free})
 
     def _batch(self) -> set[int]:
-        """The sizes of labels and positions, and of batches flattened from them."""
+        """The sizes of labels and positions, of what is cut from them, and of batches flattened from them."""
         sizes = {size for leaf in self.leaves if _counts(leaf) for size in leaf.shape}
+        sizes |= {size for size, longer in self.cuts.items() if longer in sizes}
         return sizes | {a * b for a in sizes for b in sizes}
 
     def _small(self, leaf: Value) -> tuple[int, ...]:

@@ -22,31 +22,69 @@ aten = torch.ops.aten
 
 NEW = {aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format}
 FACTORS = (3, 5, 7, 11, 13)  # stand-ins for large sizes: distinct, so that mistaken dimensions disagree
+MOST_CUT = FACTORS[-1] - 3  # that a slice may take away for the difference to stay
 
 
 class CannotEvaluate(Exception):
     """The region holds something that has no small counterpart; its text is the reason."""
 
 
-def small_sizes(full: Iterable[int]) -> dict[int, int]:
-    """A small stand-in for every large size; products stay products.
+def small_sizes(full: Iterable[int], cut: Mapping[int, int] | None = None) -> dict[int, int]:
+    """A small stand-in for every large size; products stay products, and differences differences.
+
+    Args:
+        full: the sizes.
+        cut: size -> the longer one that it is cut from, as labels of all tokens but the first are.
 
     >>> small_sizes({2, 4096, 8192})
     {2: 2, 4096: 3, 8192: 6}
+    >>> small_sizes({2, 4095, 4096, 8190}, {4095: 4096})
+    {2: 2, 4096: 5, 4095: 4, 8190: 8}
     """
     sizes: dict[int, int] = {}
-    factors = iter(FACTORS)
-    for size in sorted(set(full)):
-        if size <= 4:
-            sizes[size] = size
-            continue
+    factors = list(FACTORS)
+    cut = {} if cut is None else cut
+
+    def add(size: int) -> None:
+        if size in sizes:
+            return
+        if size in cut:
+            add(cut[size])
         known = [s for s in sizes if s > 1]
         pair = next(((a, b) for a in known for b in known if a <= b and a * b == size), None)
-        if pair is not None:
+        missing = max((size - shorter for shorter, longer in cut.items() if longer == size), default=0)
+        if size in cut:
+            sizes[size] = sizes[cut[size]] - (cut[size] - size)
+        elif size <= 4:
+            sizes[size] = size
+        elif pair is not None and not missing:
             sizes[size] = sizes[pair[0]] * sizes[pair[1]]
         else:
-            sizes[size] = next(factors, size)
+            least = missing + 3 if missing else 0  # for what is left to be none of the small sizes
+            sizes[size] = next((factor for factor in factors if factor >= least), size)
+            factors[:] = [factor for factor in factors if factor != sizes[size]]
+
+    for size in sorted(set(full)):
+        add(size)
     return sizes
+
+
+def cuts(values: Iterable[Value]) -> dict[int, int]:
+    """What slices leave of a size, a few less than there were: size -> the longest one that it is cut from."""
+    longest: dict[int, int] = {}
+    for value in values:
+        if value.op is aten.slice.Tensor:
+            for longer, size in zip(value.args[0].shape, value.shape, strict=True):
+                if 4 < size < longer <= size + MOST_CUT:
+                    longest[size] = max(longer, longest.get(size, 0))
+    found = {}
+    for size in longest:
+        whole = size
+        while whole in longest:
+            whole = longest[whole]
+        if whole - size <= MOST_CUT:
+            found[size] = whole
+    return found
 
 
 def small_view(full_in: tuple[int, ...], small_in: tuple[int, ...], full_out: tuple[int, ...]) -> list[int]:

@@ -160,10 +160,21 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = (_scores(query, key, mask, is_causal, scale) - lse.unsqueeze(-1)).exp().nan_to_num(0.0)
     grad = grad.to(weights.dtype)
-    weights_grad = grad @ _repeat(value, query).to(weights.dtype).mT
-    scores_grad = weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * scale
+    scores_grad = _scores_grad(grad, weights, _repeat(value, query), scale)
     q_grad = scores_grad @ _repeat(key, query).to(weights.dtype)
     return q_grad, scores_grad.mT @ query.to(weights.dtype), weights.mT @ grad
+
+
+def _scores_grad(grad: Tensor, weights: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The gradient of the products of queries and keys."""
+    weights_grad = grad @ value.to(weights.dtype).mT
+    return weights * (weights_grad - (weights * weights_grad).sum(-1, keepdim=True)) * scale
+
+
+def key_gradient(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """The gradient of the keys (B, G, T, D), under weights (B, H, S, T) that are known."""
+    scores_grad = _scores_grad(grad.to(weights.dtype), weights, _repeat(value, query), scale)
+    return _sum_groups(scores_grad.mT @ query.to(weights.dtype), key)
 
 
 def _scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:

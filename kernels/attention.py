@@ -165,23 +165,25 @@ def mask_of(parts: Sequence[Tensor], steps: Sequence[tuple[str, float]], lowest:
         parts: broadcastable to each other; bool where they hide or keep, numbers where they are added.
         steps: for each its kind, "add", "hide" (where True) or "keep" (where True), and a number: the factor of what is
             added, or what a hidden score becomes.
-        lowest: what stands for the numbers that hide: a row in which all is hidden then has equal weights, as it had.
+        lowest: the number below which no mask goes. What hides stands far below what leaves something of a score, so
+            that a row in which all is hidden goes by what hides it, as it did.
 
     Returns:
         bool, True attends, if nothing is added and all that is hidden is -inf; else numbers to add.
     """
-    seen: Tensor | None = None
-    bias: Tensor | None = None
+    hiding = sorted({number for kind, number in steps if kind != "add" and number > -torch.inf})
+    fills = {number: lowest / 2**k for k, number in enumerate(hiding)} | {-torch.inf: -torch.inf}
+    is_bool = not hiding and all(kind != "add" for kind, _ in steps)
+    mask: Any = None
     for part, (kind, number) in zip(parts, steps, strict=True):
         if kind == "add":
             term = part if number == 1 else part * number
-            bias = term if bias is None else bias + term
+            mask = term if mask is None else mask + term
         else:
-            kept = part.logical_not() if kind == "hide" else part
-            seen = kept if seen is None else seen.logical_and(kept)
-    endless = all(number == -torch.inf for kind, number in steps if kind != "add")
-    fill = -torch.inf if endless else lowest
-    if bias is not None:
-        return bias if seen is None else bias.masked_fill(seen.logical_not(), fill)
-    assert seen is not None, "parts: expected at least one"
-    return seen if endless else torch.where(seen, 0.0, fill)
+            seen = part.logical_not() if kind == "hide" else part
+            if is_bool:
+                mask = seen if mask is None else mask.logical_and(seen)
+            else:
+                mask = torch.where(seen, 0.0 if mask is None else mask, fills[number])
+    found: Tensor = mask
+    return found

@@ -22,14 +22,27 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._sdpa_launch import attend, backward, fake_backward, fake_forward, forward, laid_out, triangle
+from graphfuse.kernels._sdpa_launch import (
+    attend,
+    backward,
+    fake_backward,
+    fake_forward,
+    forward,
+    key_gradient,
+    laid_out,
+    triangle,
+)
 
 __all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle", "paths"]
 
 # An additive mask excludes what it pushes this low: exp() is 0 then, in any dtype. -1e4 is lower, as bfloat16 has it.
 MASKED = -9e3
-# This low, nothing of a score is left beside it in float32: a row in which all is hidden has equal weights.
+# This low, nothing of a score is left beside it, in float32 and in others: the weights of a row in which all is hidden
+# go by its mask alone.
 ABSORBING = -1e6
+ABSORBING_IN = {torch.float16: -3e4, torch.float64: -1e18}
+# Rows that see nothing whose weights are computed at a time.
+ROWS = 128
 
 # How many calls took the causal kernel and how many the one that reads the mask, forward passes only.
 paths: Counter[str] = Counter()
@@ -48,16 +61,18 @@ def causal_attention_reference(
     return attend(query, key, value, None if causal else mask, causal, scale)
 
 
-def _blind(query: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which rows (B, H, S, 1) see nothing, all being hidden behind numbers.
+def _blind(query: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Which rows (B, H, S, 1) see nothing, all being hidden behind numbers; and the mask in which they see.
 
-    Their weights are equal, which no query and no mask makes them too. The kernels keep the logsumexp of a row, where
-    that of its length is lost beside such a number: with the mask they would have weights of 1 in backward.
+    No score is left beside such numbers, so the weights go by what lies between them: by the mask less its largest, and
+    a query of 0. The kernels keep the logsumexp of a row, where that of its length is lost beside such a number: with
+    the mask as it is, rows would have weights of 1 in backward.
     """
     if mask is None or mask.dtype == torch.bool or query.numel() == 0:
-        return None
+        return None, mask
     largest = mask.amax(-1, keepdim=True)
-    return (largest <= ABSORBING) & (largest > -torch.inf)
+    blind = (largest <= ABSORBING_IN.get(query.dtype, ABSORBING)) & (largest > -torch.inf)
+    return blind, mask - largest.masked_fill(~blind, 0.0)
 
 
 def _without(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -73,13 +88,13 @@ def _forward(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
+    is_added: bool = False,
 ) -> tuple[Tensor, Tensor]:
     causal = bool(is_causal)
-    allowed = None if causal else mask
-    if (blind := _blind(query, allowed)) is not None:
-        query, allowed = _without(query, blind), _without(mask, blind)
+    blind, allowed = _blind(query, None if causal else mask)
     paths["causal" if causal else "masked"] += 1
-    return forward(query, key, value, allowed, causal, scale, causal_kernel if causal else masked_kernel)
+    kernel = causal_kernel if causal else masked_kernel
+    return forward(_without(query, blind), key, value, allowed, causal, scale, kernel)
 
 
 def _fake(
@@ -91,6 +106,7 @@ def _fake(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
+    is_added: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return fake_forward(query, value)
 
@@ -107,15 +123,35 @@ def _backward(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
+    is_added: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = bool(is_causal)
-    allowed = None if causal else mask
-    seeing = query
-    if (blind := _blind(query, allowed)) is not None:
-        seeing, allowed = _without(query, blind), _without(mask, blind)
+    blind, allowed = _blind(query, None if causal else mask)
     kernel = causal_kernel if causal else masked_kernel
+    seeing = _without(query, blind)
     q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel)
-    return laid_out(_without(q_grad, blind), query), k_grad, v_grad
+    if blind is not None and allowed is not None and is_added:
+        k_grad = laid_out(k_grad + _of_blind(grad, query, key, value, allowed, blind, scale), key)
+    else:
+        q_grad = _without(q_grad, blind)
+    return laid_out(q_grad, query), k_grad, v_grad
+
+
+def _of_blind(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, blind: Tensor, scale: float
+) -> Tensor:
+    """What rows that see nothing add to the gradient of the keys: the kernel has not seen their queries.
+
+    Beside a number that is added nothing is left of a score, but autograd's formula of the sum has a gradient of it.
+    """
+    blind, mask = blind.expand(*query.shape[:3], 1), mask.expand(*query.shape[:3], key.shape[2])
+    compute = _op.compute_dtype(query)
+    total = torch.zeros_like(key, dtype=compute)
+    for rows in blind.any(0).any(0).squeeze(-1).nonzero().squeeze(-1).split(ROWS):
+        hidden = query[:, :, rows].masked_fill(~blind[:, :, rows], 0.0)
+        weights = mask[:, :, rows].to(compute).softmax(-1)
+        total += key_gradient(grad[:, :, rows], hidden, key, value, weights, scale)
+    return total.to(key.dtype)
 
 
 def _fake_backward(
@@ -130,6 +166,7 @@ def _fake_backward(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
+    is_added: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_backward(query, key, value)
 
@@ -148,13 +185,13 @@ torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask) -> Tensor", 
 torch.library.define(
     "graphfuse::causal_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale, str causal_kernel, "
-    "str masked_kernel) -> (Tensor, Tensor)",
+    "str masked_kernel, bool is_added=False) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "graphfuse::causal_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, Tensor out, Tensor lse, "
-    "float scale, str causal_kernel, str masked_kernel) -> (Tensor, Tensor, Tensor)",
+    "float scale, str causal_kernel, str masked_kernel, bool is_added=False) -> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _op.implement("is_lower_triangle", _looks)
@@ -170,8 +207,8 @@ def _(mask):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, causal_kernel, masked_kernel = inputs
-    ctx.options = (scale, causal_kernel, masked_kernel)
+    *tensors, scale, causal_kernel, masked_kernel, is_added = inputs
+    ctx.options = (scale, causal_kernel, masked_kernel, is_added)
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -179,7 +216,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, mask, is_causal, out, lse = ctx.saved_tensors
     tensors = (query, key, value, mask, is_causal, out, lse)
-    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 5
+    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 6
 
 
 torch.library.register_autograd("graphfuse::causal_attention", _autograd, setup_context=_setup_context)
@@ -226,5 +263,5 @@ def causal_attention(
         heads = query.shape[1], key.shape[1], value.shape[1]
         raise ValueError(f"key: expected heads that divide those of the queries, got {heads}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale, "", "")[0]
+    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale, "", "", True)[0]
     return out

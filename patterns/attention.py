@@ -364,7 +364,10 @@ def looked_at(
     parts = [arranged(one, plan, query) for one, plan in zip(masks, mask_plans, strict=False)]
     mask = mask_of(parts, steps, lowest)
     is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
-    out = torch.ops.graphfuse.causal_attention(*states, mask, is_causal, scale, causal_kernel, masked_kernel)[0]
+    is_added = all(kind == "add" or number == -torch.inf for kind, number in steps)
+    out = torch.ops.graphfuse.causal_attention(*states, mask, is_causal, scale, causal_kernel, masked_kernel, is_added)[
+        0
+    ]
     found: Tensor = arranged(out, output_plan, query)
     return found
 

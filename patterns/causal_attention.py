@@ -166,7 +166,7 @@ def looked_at(
     """Stands in the place of attention under a mask that is causal where nothing is padded."""
     is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
     out: Tensor = torch.ops.graphfuse.causal_attention(
-        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel
+        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel, True
     )[0]
     return out
 

@@ -46,6 +46,19 @@ def test_small_sizes(full, expected):
     assert small_sizes(full) == expected
 
 
+@pytest.mark.parametrize(
+    ("full", "cut", "expected"),
+    [
+        ({2, 4095, 4096, 8190}, {4095: 4096}, {2: 2, 4095: 4, 4096: 5, 8190: 8}),
+        ({6, 7, 8, 9}, {6: 9, 7: 9, 8: 9}, {6: 4, 7: 5, 8: 6, 9: 7}),
+        ({5, 6, 100}, {5: 6}, {5: 4, 6: 5, 100: 3}),
+    ],
+    ids=str,
+)
+def test_small_sizes_keep_the_difference_of_what_is_cut(full, cut, expected):
+    assert small_sizes(full, cut) == expected
+
+
 def test_small_sizes_leave_alone_what_there_is_no_factor_for():
     primes = [101, 103, 107, 109, 113, 127, 131]
     small = small_sizes(primes)

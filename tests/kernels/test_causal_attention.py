@@ -1,5 +1,7 @@
 """causal_attention against its reference: both paths, grouped heads, gradients, layouts, compilers."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,25 +150,33 @@ def test_tells_compilers_its_strides(device, permute, is_causal):
     torch.testing.assert_close(torch.compile(step)(q, k, v), step(q, k, v))
 
 
-def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device):
+@pytest.mark.parametrize("is_added", [False, True])
+def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device, is_added):
     packed = torch.randn(B, S, 3, 4, D, device=device)
     states = [x.transpose(1, 2).requires_grad_() for x in packed.unbind(2)]
     seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
     mask = torch.zeros(S, S, device=device).masked_fill(~seen, -1e9)
     flag = is_lower_triangle(mask)
     out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "")
-    inputs = (torch.randn_like(out), *(x.detach() for x in states), mask, flag, out.detach(), lse, 0.25, "", "")
+    given = (*(x.detach() for x in states), mask, flag, out.detach(), lse)
+    inputs = (torch.randn_like(out), *given, 0.25, "", "", is_added)
     torch.library.opcheck(torch.ops.graphfuse.causal_attention_backward, inputs)
 
 
 @pytest.mark.parametrize("low", [-1e9, torch.finfo(torch.float32).min])
-def test_rows_that_see_nothing_have_equal_weights(device, backend, low):
+@pytest.mark.parametrize("is_added", [False, True])
+@pytest.mark.parametrize("above", [0.0, -1e9, -torch.inf])
+def test_rows_that_see_nothing_go_by_their_mask(device, backend, low, is_added, above, monkeypatch):
     """Forward and backward: a kernel that keeps the logsumexp has weights of 1 there in backward."""
-    q, k, v = heads(device, groups=4)
-    seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
-    mask = torch.zeros(S, S, device=device).masked_fill(~seen, low)
-    out = causal_attention(q, k, v, mask, is_lower_triangle(mask))
-    wanted = (q @ k.mT * D**-0.5).masked_fill(~seen, low).softmax(-1) @ v
+    monkeypatch.setattr(sys.modules["graphfuse.kernels.causal_attention"], "ROWS", 3)
+    q, k, v = heads(device, groups=2)
+    seen = (torch.arange(S, device=device) >= torch.tensor([[0], [5]], device=device))[:, None, None, :]
+    mask = torch.zeros(B, 1, S, S, device=device).masked_fill(~(TRIANGLE.to(device) & seen), low)
+    mask = mask + torch.zeros(S, S, device=device).masked_fill(~TRIANGLE.to(device), above)
+    out = torch.ops.graphfuse.causal_attention(q, k, v, mask, is_lower_triangle(mask), D**-0.5, "", "", is_added)[0]
+    scores = q @ k.repeat_interleave(2, 1).mT * D**-0.5
+    scores = scores + mask if is_added else torch.where(mask == 0, scores, mask)
+    wanted = scores.softmax(-1) @ v.repeat_interleave(2, 1)
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
     grad = torch.randn_like(out)
     grads = [torch.autograd.grad(end, (q, k, v), grad) for end in (out, wanted)]

@@ -110,6 +110,42 @@ def test_rows_that_see_nothing_come_out_as_written(hide, agrees):
     assert graphfuse.report(compiled).counts == {"attention": 1}
 
 
+def hidden_by(padding, number):
+    return (1.0 - padding[:, None, None, :].float()) * number
+
+
+def above(number):
+    return torch.zeros(S, S).masked_fill(~triangle(), number)
+
+
+def seen_by(padding):
+    return padding[:, None, None, :] != 0
+
+
+SEEING_NOTHING = {
+    "one number added": lambda z, p: z + torch.where(triangle() & seen_by(p), 0.0, LOWEST),
+    "two numbers added": lambda z, p: z + above(LOWEST) + hidden_by(p, LOWEST),
+    "a number and infinity added": lambda z, p: z + above(-torch.inf) + hidden_by(p, -1e9),
+    "a number added to infinity": lambda z, p: z.masked_fill(~triangle(), -torch.inf) + hidden_by(p, LOWEST),
+    "infinity in the place of a number": lambda z, p: (z + hidden_by(p, -1e9)).masked_fill(~triangle(), -torch.inf),
+    "the larger number last": lambda z, p: z.masked_fill(~triangle(), LOWEST).masked_fill(~seen_by(p), -1e9),
+    "the smaller number last": lambda z, p: z.masked_fill(~triangle(), -1e4).masked_fill(~seen_by(p), -1e9),
+}
+
+
+@pytest.mark.parametrize("mask", SEEING_NOTHING.values(), ids=SEEING_NOTHING)
+def test_rows_that_see_nothing_go_by_the_numbers_that_hide(mask, agrees):
+    """A position behind an infinity, or behind a smaller number than others, is not one of those with equal weights."""
+
+    def masked(q, k, v, padding):
+        return mask(q @ k.mT / 4, padding).softmax(-1) @ v
+
+    compiled = graphfuse.optimize(masked, inner="eager", fullgraph=True, strict=True)
+    for padding in (torch.ones_like(LEFT), LEFT):
+        agrees(compiled, masked, (*inputs(), padding))
+    assert graphfuse.report(compiled).counts == {"attention": 1}
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_looks_once_for_all_layers(inner, agrees, counts_calls):
     def layers(q, k, v, padding):

@@ -112,6 +112,31 @@ def test_rewrites_heads_that_are_stacked(dim, cut, verify):
     assert verify(losses, problem()).counts == {"linear_cross_entropy": 3}
 
 
+def cut_labels(x, w, bias, y):
+    return F.cross_entropy(F.linear(x, w).transpose(1, 2), y[:, 1:])
+
+
+def cut_and_selected(x, w, bias, y):
+    logps = F.linear(x, w).log_softmax(-1)
+    return logps.gather(-1, y[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1).mean()
+
+
+def cut_twice(x, w, bias, y):
+    first, second = F.linear(x, w), F.linear(x[:, 2:].sin(), w)
+    first = F.cross_entropy(first.flatten(0, 1), y[:, 1:].flatten())
+    return first + F.cross_entropy(second.flatten(0, 1), y[:, 3:].flatten())
+
+
+@pytest.mark.parametrize("length", [5, 6, 9, 40])
+@pytest.mark.parametrize("spelling", [cut_labels, cut_and_selected, cut_twice], ids=lambda f: f.__name__)
+def test_rewrites_where_only_labels_are_cut(spelling, length, verify):
+    """Hidden states of all tokens but the last, as where the model is given its inputs and labels as one tensor."""
+    x, y = torch.randn(B, length, H), torch.randint(V, (B, length + 1))
+    w = torch.randn(V, H)
+    report = verify(spelling, (x.requires_grad_(), w.requires_grad_(), None, y))
+    assert report.counts == {"linear_cross_entropy": 2 if spelling is cut_twice else 1}, report
+
+
 def test_rewrites_what_is_left_of_a_prompt(verify):
     """The tokens of the prompt, more than a proof draws, have no labels."""
     prompt = 29

@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels for scaled dot-product attention is fastest at a size, measured on this GPU.
+"""Which kernel for scaled dot-product attention is fastest at a size, measured on this GPU.
 
 Measured once: the answer is kept in a file beside torch's caches, the first one for all processes, so that all go the
 same way and a later one measures nothing.
@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,19 @@ class Times:
 
 _known: dict[str, Times | None] = {}
 
+# Attention without a gradient, of query, key, value, mask and scale.
+Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
 
 def fastest(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool, trains: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool,
+    trains: bool,
+    ways: Mapping[str, Way] | None = None,
 ) -> Times | None:
     """The kernel for tensors like these, which may be fake; `None` where there is nothing to choose.
 
@@ -58,6 +68,8 @@ def fastest(
         mask: broadcastable to (B, H, S, T), bool or floating.
         is_causal: whether position s sees keys 0 to s; then there is no mask.
         trains: whether forward and backward count, or forward alone.
+        ways: what is timed in the place of PyTorch's kernels, by name, forward alone and with nothing hidden; the first
+            stays unless another is faster by more than noise.
     """
     states = (query, key, value)
     if not may_choose() or not _is_measurable([*states, *(() if mask is None else (mask,))]):
@@ -71,12 +83,14 @@ def fastest(
         "mask": None if mask is None else [str(mask.dtype), list(mask.shape)],
         "is_causal": is_causal,
         "trains": trains,
+        **({} if ways is None else {"ways": list(ways)}),
     }
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
     if name not in _known:
         file = _file(name)
-        found = _read(file) or _measure(query, key, value, mask, is_causal=is_causal, trains=trains)
-        _known[name] = _keep(file, found, described) if found is not None else None
+        names = KERNELS if ways is None else ways
+        found = _read(file, names) or _measure(query, key, value, mask, ways, is_causal=is_causal, trains=trains)
+        _known[name] = _keep(file, found, described, names) if found is not None else None
     return _known[name]
 
 
@@ -98,7 +112,14 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 
 def _measure(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, is_causal: bool, trains: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ways: Mapping[str, Way] | None,
+    *,
+    is_causal: bool,
+    trains: bool,
 ) -> Times | None:
     """Run every kernel that fits, on random numbers; `None` if they are fewer than two, or memory is short."""
     device = query.device
@@ -114,6 +135,8 @@ def _measure(
         try:
             generator = torch.Generator(device).manual_seed(0)
             q, k, v = (_like(tensor, generator) for tensor in (query, key, value))
+            if ways is not None:
+                return _compare(_runs_of(ways, q, k, v, None if mask is None else _open(mask)))
             seen = None if mask is None else _triangle(mask)
             return _compare(_runs(q, k, v, seen, is_causal, trains, generator))
         except RuntimeError:  # of memory, or of a kernel that says that it fits and does not
@@ -138,7 +161,24 @@ def _triangle(mask: Tensor) -> Tensor:
     return seen.expand(mask.shape)
 
 
+def _open(mask: Tensor) -> Tensor:
+    """A mask of this kind that hides nothing: some ways read no more than is seen, which may be all that there is."""
+    kept = torch.ones if mask.dtype == torch.bool else torch.zeros
+    return kept(mask.shape, dtype=mask.dtype, device=mask.device)
+
+
 Run = Callable[[], tuple[Tensor, ...]]
+
+
+def _runs_of(
+    ways: Mapping[str, Way], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> dict[str, Run]:
+    scale = query.shape[-1] ** -0.5
+
+    def run(name: str) -> tuple[Tensor, ...]:
+        return (ways[name](query, key, value, mask, scale),)
+
+    return {name: functools.partial(run, name) for name in ways}
 
 
 def _runs(
@@ -213,7 +253,7 @@ def _file(name: str) -> Path | None:
     return None if config.force_disable_caches else Path(cache_dir()) / "graphfuse" / "attention" / f"{name}.json"
 
 
-def _read(file: Path | None) -> Times | None:
+def _read(file: Path | None, names: Container[str]) -> Times | None:
     if file is None:
         return None
     try:
@@ -221,10 +261,10 @@ def _read(file: Path | None) -> Times | None:
         found = Times(str(kept["fastest"]), {str(name): float(ms) for name, ms in kept["milliseconds"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not ours
         return None
-    return found if found.fastest in KERNELS else None
+    return found if found.fastest in names else None
 
 
-def _keep(file: Path | None, found: Times, described: dict[str, Any]) -> Times:
+def _keep(file: Path | None, found: Times, described: dict[str, Any], names: Container[str] = KERNELS) -> Times:
     """Write what was found, unless another process was first: then that is the answer here, too."""
     if file is None:
         return found
@@ -234,7 +274,7 @@ def _keep(file: Path | None, found: Times, described: dict[str, Any]) -> Times:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as own:
             own.write(text)
             own.flush()
-            if file.exists() and _read(file) is None:  # damaged
+            if file.exists() and _read(file, names) is None:  # damaged
                 file.unlink(missing_ok=True)
             os.link(own.name, file)
-    return _read(file) or found
+    return _read(file, names) or found

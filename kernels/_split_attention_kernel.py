@@ -91,18 +91,22 @@ def _split_attention_kernel(
     e = tl.arange(0, BLOCK_E)
     n = tl.arange(0, BLOCK_N)
 
+    queries = query_ptr + b * query_strides[0] + (head * query_strides[1] + s * query_strides[2])[:, None]
+    q = tl.load(queries + d[None, :] * query_strides[3], mask=is_row[:, None] & (d < D)[None, :], other=0.0)
+
     blocks = tl.cdiv(T, BLOCK_N)
     first = 0
     last = tl.cdiv(tl.maximum(blocks - split, 0), splits)
     mask_offset = b * mask_b
     if mask_ptr is not None:
-        # Without masks of their own, rows have that of the first head of the group.
-        mask_rows = tl.zeros((1, 1), tl.int64) + g.to(tl.int64) * group * mask_h
         if ROW_MASKS:
             mask_rows = (head * mask_h + s * mask_s)[:, None]
-        is_mask_row = is_row[:, None] | (not ROW_MASKS)
-        seen_first = tl.zeros((ROWS if ROW_MASKS else 1, LOOK), tl.int32) + last
-        seen_last = tl.zeros((ROWS if ROW_MASKS else 1, LOOK), tl.int32)
+            is_mask_row = is_row[:, None]
+        else:  # that of the first head of the group
+            mask_rows = tl.zeros((1, 1), tl.int64) + g.to(tl.int64) * group * mask_h
+            is_mask_row = tl.full((1, 1), True, tl.int1)
+        seen_first = tl.zeros((1, LOOK), tl.int32) + last
+        seen_last = tl.zeros((1, LOOK), tl.int32)
         place = tl.arange(0, LOOK)[None, :]
         for start in range(0, last, LOOK // BLOCK_N):
             turn = start + place // BLOCK_N
@@ -110,20 +114,21 @@ def _split_attention_kernel(
             inside = (keys < T) & is_mask_row
             mask = tl.load(mask_ptr + mask_offset + mask_rows + keys * mask_t, mask=inside, other=0)
             seen = tl_allowed(mask) & inside
+            if ROW_MASKS:
+                seen = tl.max(seen.to(tl.int32), 0)[None, :] > 0
             seen_first = tl.where(seen, tl.minimum(seen_first, turn), seen_first)
             seen_last = tl.where(seen, tl.maximum(seen_last, turn + 1), seen_last)
         first = tl.min(seen_first)
         last = tl.max(seen_last)
 
-    queries = query_ptr + b * query_strides[0] + (head * query_strides[1] + s * query_strides[2])[:, None]
-    q = tl.load(queries + d[None, :] * query_strides[3], mask=is_row[:, None] & (d < D)[None, :], other=0.0)
     key_ptr += b * key_strides[0] + g.to(tl.int64) * key_strides[1]
     value_ptr += b * value_strides[0] + g.to(tl.int64) * value_strides[1]
 
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, BLOCK_E), tl.float32)
-    for turn in range(first, last):
+    for step in range(0, last - first):  # from 0: Triton knows nothing of addresses that an unknown bound goes into
+        turn = first + step
         keys = (split + turn * splits).to(tl.int64) * BLOCK_N + n
         inside = keys < T
         k_at = key_ptr + keys[None, :] * key_strides[2] + d[:, None] * key_strides[3]
@@ -155,7 +160,7 @@ def _split_attention_kernel(
         tl.store(sums_ptr + row * 2, largest, mask=is_row)
         tl.store(sums_ptr + row * 2 + 1, total, mask=is_row)
     else:
-        acc = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that sees nothing is 0
     # Where nothing is seen, the merge reads no sum of values.
     wanted = is_row & ((total != 0.0) | (not IS_MERGED))
     at = parts_ptr + row[:, None] * E + e[None, :]
@@ -191,7 +196,7 @@ def _merge_attention_kernel(
         shrink = tl.exp2((before - base) * LOG2_E)
         total = total * shrink + tl.sum(weights * sums, 0)
         acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
-    out = tl.where(total == 0.0, 0.0, acc / total)  # a row that sees nothing is 0
+    out = acc / tl.where(total == 0.0, 1.0, total)
     tl.store(out_ptr + row * E + e, out.to(out_ptr.dtype.element_ty), mask=e < E)
 
 
@@ -208,7 +213,9 @@ class SplitPlan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan_splits(heads: int, rows: int, keys: int, features: int, width: int, itemsize: int, sms: int) -> SplitPlan:
+def plan_splits(
+    heads: int, rows: int, keys: int, features: int, width: int, itemsize: int, has_row_masks: bool, sms: int
+) -> SplitPlan:
     """Lay the kernel out.
 
     Args:
@@ -218,18 +225,20 @@ def plan_splits(heads: int, rows: int, keys: int, features: int, width: int, ite
         features: Of a key.
         width: Features of a value.
         itemsize: Bytes of one.
+        has_row_masks: Whether the queries of a head have masks of their own.
         sms: Multiprocessors of the GPU.
     """
-    block_rows = min(MAX_ROWS, max(MIN_ROWS, triton.next_power_of_2(rows)))
+    block_rows = min(MAX_ROWS if itemsize <= 2 else MIN_ROWS, max(MIN_ROWS, triton.next_power_of_2(rows)))
     block_d, block_e = (max(16, triton.next_power_of_2(size)) for size in (features, width))
     fitting = BLOCK_BYTES // ((block_d + block_e) * itemsize)
-    block_n = min(MAX_KEYS, max(MIN_KEYS, fitting))
-    block_n = 1 << (block_n.bit_length() - 1)
+    # Products of fp32 are sums of each thread, whose operands all lie in registers.
+    block_n = MIN_KEYS if itemsize > 2 else min(MAX_KEYS, max(MIN_KEYS, 1 << (fitting.bit_length() - 1)))
     blocks = triton.cdiv(keys, block_n)
     programs = heads * triton.cdiv(rows, block_rows)
     splits = min(blocks, max(1, PER_SM * sms // programs))
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))  # none with a block less than it might have
-    num_warps = 8 if block_rows * block_e > LARGE else 4
+    is_large = block_rows * block_e > LARGE or (has_row_masks and block_rows > MIN_ROWS)
+    num_warps = 8 if itemsize > 2 or is_large else 4
     return SplitPlan(block_rows, block_n, block_d, block_e, splits, num_warps, STAGES)
 
 
@@ -245,11 +254,11 @@ def launch_split_attention(
     batch, heads, length, features = query.shape
     groups, keys, width = key.shape[1], key.shape[2], value.shape[3]
     group = heads // groups
-    sizes = (batch * groups, group * length, keys, features, width, key.element_size())
-    plan = plan_splits(*sizes, num_sms(query.device))
     allowed = None if mask is None else mask.expand(batch, heads, length, keys)
     mask_strides = (0, 0, 0, 0) if allowed is None else allowed.stride()
     has_row_masks = (group > 1 and mask_strides[1] != 0) or (length > 1 and mask_strides[2] != 0)
+    sizes = (batch * groups, group * length, keys, features, width, key.element_size())
+    plan = plan_splits(*sizes, has_row_masks, num_sms(query.device))
     is_merged = plan.splits > 1
     parts, sums = out, out
     if is_merged:

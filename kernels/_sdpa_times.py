@@ -170,9 +170,7 @@ def _open(mask: Tensor) -> Tensor:
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-def _runs_of(
-    ways: Mapping[str, Way], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> dict[str, Run]:
+def _runs_of(ways: Mapping[str, Way], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> dict[str, Run]:
     scale = query.shape[-1] ** -0.5
 
     def run(name: str) -> tuple[Tensor, ...]:

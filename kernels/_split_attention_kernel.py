@@ -1,9 +1,9 @@
 """Attention of few queries, the keys of a head shared out to many programs: its kernels, and how they are laid out.
 
 One program for each head of keys leaves most of a GPU idle where there are few sequences, as when text is generated.
-So the keys are cut into blocks, dealt out in turn to as many programs as the GPU runs at once. Each keeps, for the rows
-it has, the largest score, the sum of the weights relative to it, and the sum of the values; a second kernel adds up what
-the programs of a row have, always in the same order.
+So the keys are cut into blocks, dealt out in turn to as many programs as the GPU runs at once. Each keeps for its rows
+the largest score, the sum of the weights relative to it, and the sum of the values; a second kernel adds up what the
+programs of a row have, always in the same order.
 
 A program looks at the mask of all its blocks first, and reads keys and values from the first to the last of which a key
 is seen: a cache that is made for more tokens than it holds costs what it holds. Dealt out in turn, blocks that lie side

@@ -101,7 +101,9 @@ def choose_way(
     if found.fastest == "written":
         took = found.milliseconds["written"]
         best = min((ms for name, ms in found.milliseconds.items() if name != "written"), default=float("inf"))
-        reason = f"cost: expected less than {took / MARGIN:.3g} ms, as the code as it is takes {took:.3g}, got {best:.3g}"
+        reason = (
+            f"cost: expected less than {took / MARGIN:.3g} ms, as the code as it is takes {took:.3g}, got {best:.3g}"
+        )
         return Refusal("grouped_attention", anchor, reason, {"grouped_attention": 1}, ALWAYS)
     kernel = "split" if found.fastest == "split" else ""
     where = "in Triton" if kernel else "in PyTorch's own kernel"

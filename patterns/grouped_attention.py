@@ -7,9 +7,9 @@ that read a mask take as many heads of keys as of queries, so that libraries rep
 each of its queries: all that a cache holds, in every layer, for every token. The queries of a group may as well be rows
 of one head, to which the mask applies alike.
 
-On a GPU and without a gradient, there is a kernel that shares out the keys of a head to as many programs as the GPU runs
-at once, and reads no keys where the mask hides all of a block; for heads that share nothing, too. It, queries as rows
-and the code as it is are timed, and the fastest is taken.
+On a GPU and without a gradient, there is a kernel that shares out the keys of a head to as many programs as the GPU
+runs at once, and reads none before the first that the mask shows or behind the last; for heads that share nothing, too.
+It, queries as rows and the code as it is are timed, and the fastest is taken.
 
 Left alone: several queries for each head, masks that differ between heads, dropout.
 

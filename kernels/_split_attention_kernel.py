@@ -31,7 +31,8 @@ BLOCK_BYTES = 32768  # of the keys and values of a block
 STAGES = 2  # blocks that a program has loaded or is loading
 PER_SM = 2  # programs to a multiprocessor
 LOOK_BLOCKS = 16  # blocks whose mask is looked at at once
-LARGE = 8192  # elements of a result in registers, above which they are shared by 8 warps
+WARPS = 4
+LARGE = 8192  # elements of a result in registers, above which twice as many warps share them
 MERGED_PARTS, MERGED_FEATURES = 64, 64  # that a program adds up at a time
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -80,9 +81,9 @@ def _split_attention_kernel(
     BLOCK_E: tl.constexpr,
     LOOK: tl.constexpr,  # keys whose mask is looked at at once
 ):
-    split = tl.program_id(0)
-    g = tl.program_id(1) % G
-    b = (tl.program_id(1) // G).to(tl.int64)  # offsets can exceed 2**31
+    split = tl.program_id(1)
+    g = tl.program_id(0) % G
+    b = (tl.program_id(0) // G).to(tl.int64)  # offsets can exceed 2**31
     rows = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     is_row = rows < group * S
     head = (g * group + rows // S).to(tl.int64)
@@ -228,17 +229,18 @@ def plan_splits(
         has_row_masks: Whether the queries of a head have masks of their own.
         sms: Multiprocessors of the GPU.
     """
-    block_rows = min(MAX_ROWS if itemsize <= 2 else MIN_ROWS, max(MIN_ROWS, triton.next_power_of_2(rows)))
+    # Products of fp32 are sums of each thread, whose operands all lie in registers.
+    max_rows = MIN_ROWS if itemsize > 2 else MAX_ROWS // 2 if has_row_masks else MAX_ROWS
+    block_rows = min(max_rows, max(MIN_ROWS, triton.next_power_of_2(rows)))
     block_d, block_e = (max(16, triton.next_power_of_2(size)) for size in (features, width))
     fitting = BLOCK_BYTES // ((block_d + block_e) * itemsize)
-    # Products of fp32 are sums of each thread, whose operands all lie in registers.
     block_n = MIN_KEYS if itemsize > 2 else min(MAX_KEYS, max(MIN_KEYS, 1 << (fitting.bit_length() - 1)))
     blocks = triton.cdiv(keys, block_n)
     programs = heads * triton.cdiv(rows, block_rows)
     splits = min(blocks, max(1, PER_SM * sms // programs))
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))  # none with a block less than it might have
     is_large = block_rows * block_e > LARGE or (has_row_masks and block_rows > MIN_ROWS)
-    num_warps = 8 if itemsize > 2 or is_large else 4
+    num_warps = 2 * WARPS if itemsize > 2 or is_large else WARPS
     return SplitPlan(block_rows, block_n, block_d, block_e, splits, num_warps, STAGES)
 
 
@@ -266,7 +268,7 @@ def launch_split_attention(
         sums = out.new_empty((batch * length * heads, plan.splits, 2), dtype=torch.float32)
     launch(
         _split_attention_kernel,
-        (plan.splits, batch * groups, triton.cdiv(group * length, plan.rows)),
+        (batch * groups, plan.splits, triton.cdiv(group * length, plan.rows)),
         query,
         key,
         value,

@@ -12,8 +12,7 @@ from torch import nn
 from torch._dynamo import trace_rules
 
 from graphfuse import record
-from graphfuse.backend import Backend, calls, pattern_names
-from graphfuse.breaks import ignore_messages_said_once
+from graphfuse.backend import Backend, begin, calls, pattern_names
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseWarning
 from graphfuse.reporting import Report
@@ -79,7 +78,7 @@ def optimize(
         **inner_options,
     }
     config = Config.parse(options, pattern_names())
-    ignore_messages_said_once()
+    begin()
     if isinstance(model, nn.Module):
         options["patterns"] = config.patterns
         settings: dict[str, Any] = {"backend": "graphfuse", "dynamic": dynamic, "fullgraph": fullgraph}

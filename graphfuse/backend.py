@@ -22,13 +22,14 @@ from torch._dynamo.utils import dynamo_timed
 from graphfuse import logs
 from graphfuse.breaks import ignore_messages_said_once
 from graphfuse.buckets import split_of
-from graphfuse.certify import rehearse
+from graphfuse.certify import certify, rehearse
 from graphfuse.config import Config
 from graphfuse.errors import GraphfuseError, GraphfuseWarning
 from graphfuse.evidence import Evidence, gather
 from graphfuse.inner import compile_inner
 from graphfuse.kernels import _op, _pairs, _rows, _scale, _sum_of_products  # noqa: F401 - ops that no pattern imports
 from graphfuse.kernels._ahead import ahead, wake
+from graphfuse.kernels._sdpa_times import wait_until_loaded
 from graphfuse.lazy import outputs as lazy_outputs
 from graphfuse.lazy.outputs import Plan
 from graphfuse.match import Match, Pattern, Refusal
@@ -43,7 +44,16 @@ from graphfuse.shadow import Shadow, Value, bodies_of
 Found = dict[Shadow, list[tuple[Pattern, Match | Refusal]]]
 
 logs.set_up()
-ignore_messages_said_once()  # torch.compile imports this file when it is told the backend's name, before it traces
+
+
+def begin() -> None:
+    """What is best done before Dynamo traces: on a GPU, the start of the processes that compile kernels."""
+    ignore_messages_said_once()
+    if torch.cuda.is_initialized():
+        wake()
+
+
+begin()  # torch.compile imports this file when it is told the backend's name
 
 
 def graphfuse(
@@ -173,8 +183,11 @@ def rewrite_graph(
         outputs = lazy_outputs.find(shadow) if config.lazy_logits else []
     chooses = may_choose(graph_module, config)
     found = _find(shadow, chosen)
-    _rehearse(found)
-    taken = _rewrite_shadow(shadow, found, graph_record, config, chooses=chooses)
+    try:
+        _prepare(found, chooses=chooses)
+        taken = _rewrite_shadow(shadow, found, graph_record, config, chooses=chooses)
+    finally:
+        wait_until_loaded()
     with shadow.without_guards():
         plan = lazy_outputs.settle(outputs, shadow, taken)
     for output, evidence in zip(plan.outputs, plan.evidence, strict=True):
@@ -194,18 +207,38 @@ def _find(shadow: Shadow, patterns: Sequence[Pattern]) -> Found:
     return found
 
 
-def _rehearse(found: Found) -> None:
-    """Have the kernels of all proofs compiled side by side, before the first proof waits for its own."""
+def _prepare(found: Found, *, chooses: bool) -> None:
+    """Have loaded what will be measured, and all kernels of proofs compiled; meanwhile, make those that need neither.
+
+    Proofs are kept, so the rewrite finds them.
+    """
+    sites = list(_sites_of(found))
+    is_loading = False
+    for _, match, shadow in sites:
+        if chooses and match.choose is not None:
+            with shadow.without_guards(), dynamo_timed("graphfuse.choose"):
+                match.choose(ahead=True)
+            is_loading = True
+    for pattern, match, shadow in sites:
+        if _op.launches(match.anchor.tensor):
+            with shadow.without_guards(), dynamo_timed("graphfuse.rehearse"), _uncounted(pattern):
+                rehearse(match, shadow, ahead)
+    for pattern, match, shadow in sites if is_loading else ():
+        if match.choose is None:
+            with shadow.without_guards(), dynamo_timed("graphfuse.evidence"), _uncounted(pattern):
+                certify(match, shadow)
+
+
+def _sites_of(found: Found) -> Iterator[tuple[Pattern, Match, Shadow]]:
+    """The matches that will be rewritten, if nothing speaks against any: the first one of each place."""
     taken: set[Value] = set()
     for shadow, of_shadow in found.items():
-        with shadow.without_guards(), dynamo_timed("graphfuse.rehearse"):
-            for pattern, match in of_shadow:
-                if isinstance(match, Match) and _op.launches(match.anchor.tensor):
-                    region = shadow.cone(match.outputs, match.inputs)
-                    if taken.isdisjoint(region):
-                        taken.update(region)
-                        with _uncounted(pattern):
-                            rehearse(match, shadow, ahead)
+        for pattern, match in of_shadow:
+            if isinstance(match, Match):
+                region = shadow.cone(match.outputs, match.inputs)
+                if taken.isdisjoint(region):
+                    taken.update(region)
+                    yield pattern, match, shadow
 
 
 def _rewrite_shadow(

@@ -14,12 +14,21 @@ saved and nobody else can see.
 
 Where the gradient is a matrix product (grad = out_grad @ weight) that nobody else reads, the op makes it itself, and
 the product finds room where it was. Inductor could not be told that: it never frees what an op of its graph wrote over.
+
+    gate, up = states @ gate_weight, states @ up_weight        (backward computes the layer again)
+    product = glu(gate, up)
+    gate_grad, up_grad = glu_backward(out_grad @ weight, gate, up)
+                         ->    gate_grad, up_grad, product = glu_backward_of_products(out_grad, weight, states, ...)
+
+Nor does the graph of a checkpointed layer get gate and up from outside, it makes them. So there the op makes all three.
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -36,7 +45,7 @@ def name_of(node: fx.Node) -> str:
 
 
 def overwrite(graph: fx.Graph) -> bool:
-    """Change a backward graph, as AOTAutograd and Inductor's own passes have left it, and say whether anything was."""
+    """Change a backward graph, as AOTAutograd and Inductor's own passes have left it; say if inputs are overwritten."""
     free = _donated(graph)
     found = [_scale(mul, free) for mul in graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)]
     found += [
@@ -89,11 +98,9 @@ def _overwrite(graph: fx.Graph, backward: fx.Node, op: str, count: int, free: se
     arguments: list[Any] = list(backward.args)
     grad, operands, options = arguments[0], arguments[1 : 1 + count], arguments[1 + count :]
     bases = [_base(node) for node in (grad, *operands)]
-    if len({*bases}) < 1 + count or not free.issuperset(bases[1:]):
-        return False
     # The results of the op, by which operand they are going to be written over.
     results: dict[Any, fx.Node] = {0: backward} if count == 1 else {user.args[1]: user for user in backward.users}
-    if any(not _is_alike(result, operands[k]) for k, result in results.items()):
+    if len({*bases}) < 1 + count or any(not _is_alike(result, operands[k]) for k, result in results.items()):
         return False
     again = [
         node
@@ -106,31 +113,52 @@ def _overwrite(graph: fx.Graph, backward: fx.Node, op: str, count: int, free: se
     late = _before(graph, backward, again)  # who reads the product waits for it
     if not {grad, *late}.isdisjoint(again) or grad in late:
         return False
-    factors = _factors(grad, backward)
+    factors = [_factors(base, [backward]) if base is bases[0] else _factors(base, [backward, *again]) for base in bases]
+    arguments = [*options, bool(again)]
     with graph.inserting_before(backward):
-        arguments = [*factors, *operands, *options, bool(again)]
-        product = graph.call_function(_overload(f"{op}_backward_"), tuple(arguments))
-    if again:
-        product.meta["val"] = again[0].meta["val"]
+        if is_free := free.issuperset(bases[1:]):
+            target = _overload(f"{op}_backward_")
+            product = graph.call_function(target, (*(factors[0] or (grad, None)), *operands, *arguments))
+            grads = operands
+            if again:
+                product.meta["val"] = again[0].meta["val"]
+        elif len(products := [pair for pair in factors if pair is not None]) == len(factors):
+            target = _overload(f"{op}_backward_of_products")
+            made = graph.call_function(target, (*itertools.chain.from_iterable(products), *arguments))
+            *grads, product = (
+                _like(graph.call_function(operator.getitem, (made, k)), base, node)
+                for k, (base, node) in enumerate(zip([*bases[1:], bases[0]], [*operands, grad], strict=True))
+            )
+        else:
+            return False
     for node in reversed(late):
         backward.append(node)
     for node in again:
         node.replace_all_uses_with(product)
         graph.erase_node(node)
     for k, result in results.items():
-        result.replace_all_uses_with(operands[k])
+        result.replace_all_uses_with(grads[k])
         if result is not backward:
             graph.erase_node(result)
     graph.erase_node(backward)
-    return True
+    return is_free
 
 
-def _factors(grad: fx.Node, reader: fx.Node) -> tuple[Any, Any]:
-    """The gradient and no weight, or the two whose matrix product it is, and nothing but that."""
-    product = _base(grad)
-    if product.target is not torch.ops.aten.mm.default or [*_readers(product)] != [reader]:
-        return grad, None
+def _factors(product: fx.Node, readers: Collection[fx.Node]) -> tuple[Any, Any] | None:
+    """The two whose matrix product it is, and nothing but that, if nobody else reads it."""
+    if product.target is not torch.ops.aten.mm.default or not set(readers).issuperset(_readers(product)):
+        return None
     return product.args[0], product.args[1]
+
+
+def _like(made: fx.Node, base: fx.Node, view: fx.Node) -> fx.Node:
+    """What takes the place of `base`, seen as `view` sees that."""
+    made.meta["val"] = base.meta["val"]
+    if view is base:
+        return made
+    seen = made.graph.call_function(torch.ops.aten.view.default, (made, list(view.meta["val"].shape)))
+    seen.meta["val"] = view.meta["val"]
+    return seen
 
 
 def _before(graph: fx.Graph, end: fx.Node, sources: list[fx.Node]) -> list[fx.Node]:

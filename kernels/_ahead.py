@@ -6,7 +6,8 @@ given fake tensors launches nothing: what Triton would compile for it is compile
 it finds it in Triton's cache on disk, or waits for it.
 
 Elsewhere are the processes in which Inductor compiles its own kernels. They take seconds to start; until then it is
-threads of this one, which half of the time wait for each other.
+threads of this one, few, as they and whoever wants the kernels wait for each other: what is still in their queue when
+the processes are there goes to those.
 
 It can only save time. What is not handed over, not done or not found is compiled by the launch, as without all this.
 """
@@ -36,7 +37,7 @@ aten = torch.ops.aten
 log = logging.getLogger("graphfuse")
 
 PATIENCE = 60.0  # seconds, after which another process is taken for lost
-MAX_THREADS = 8
+MAX_THREADS = 4  # half of the time a compiler needs the interpreter, which there is once
 SOME = 2  # stands for a number that only the device knows: for two Triton compiles what it does for any above
 NUMBERS = (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default)
 
@@ -73,7 +74,10 @@ def ahead(mode: FakeTensorMode | None = None) -> Iterator[None]:
 
 
 def wake() -> None:
-    """Have Inductor start its processes, if it has any and they are not there."""
+    """Have Inductor start its processes, if it has any and they are not there.
+
+    They take seconds, as Dynamo's tracing does: so it is best done before, where a GPU is in use.
+    """
     try:
         from torch._inductor.async_compile import AsyncCompile
 
@@ -177,7 +181,39 @@ def _submit(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None
     if not _is_on_disk(kernel, source, target, options):
         environment = _triton_environment()
         place = (kernel.fn.__module__, kernel.fn.__qualname__)
-        _pending[name] = _executor().submit(compile_here, place, source, target, options, environment)
+        _pending[name] = _start(place, source, target, options, environment)
+
+
+def _start(*job: Any) -> Future[None]:
+    """Have a kernel compiled by who takes jobs when its turn comes."""
+    executor = _executor()
+    if executor is not _threads():
+        started: Future[None] = executor.submit(compile_here, *job)
+        return started
+    done: Future[None] = Future()
+    executor.submit(_take_turn, done, job)
+    return done
+
+
+def _take_turn(done: Future[None], job: tuple[Any, ...]) -> None:
+    """Compile in this thread, or hand on to a process."""
+    try:
+        executor = _executor()
+        if executor is _threads():
+            compile_here(*job)
+            done.set_result(None)
+        else:
+            executor.submit(compile_here, *job).add_done_callback(functools.partial(_tell, done))
+    except BaseException as error:
+        done.set_exception(error)
+
+
+def _tell(done: Future[None], other: Future[None]) -> None:
+    error = other.exception()
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
 
 
 def _wait(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None:

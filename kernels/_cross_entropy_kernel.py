@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._ahead import address
-from graphfuse.kernels._op import compute_dtype
+from graphfuse.kernels._op import VECTOR_BYTES, compute_dtype
 from graphfuse.kernels._softmax_device import (
     tl_gradient,
     tl_load_or_zero,
@@ -32,7 +32,6 @@ from graphfuse.kernels._softmax_device import (
 )
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
-    VECTOR_BYTES,
     Factors,
     Logits,
     TokenLosses,

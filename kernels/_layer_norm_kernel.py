@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._rms_norm_kernel import (
     Launch,
     tl_cols,
@@ -89,7 +90,8 @@ def tl_store_normalized(
     NORMALIZED: tl.constexpr,
 ):
     """Write round(x * rstd) * (offset + weight) + bias."""
-    y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
+    scale = tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
+    y = tl_normalize(x, rstd, scale, NORMALIZED)
     if bias_ptr is not None:
         y = y + tl_load_scale(bias_ptr, bias_stride, cols, D, 0.0)
     tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=mask)
@@ -212,10 +214,12 @@ def layer_norm_backward_kernel(
     GAIN: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    tl_let_next_begin(OVERLAP)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     # program * D can exceed 2**31.

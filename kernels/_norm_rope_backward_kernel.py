@@ -9,6 +9,7 @@ gradient; the parts are added as for `rms_norm`.
 from __future__ import annotations
 
 from graphfuse.kernels._norm_rope_kernel import tl_load_rest, tl_store_rest, tl_total
+from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._rms_norm_kernel import tl_rstd
 from graphfuse.kernels._rope_kernel import (
     COUNTS,
@@ -23,11 +24,11 @@ from graphfuse.kernels._triton import tl, triton
 
 @triton.jit
 def tl_part(values, ACROSS: tl.constexpr):
-    """Return what a tile adds to the weight's gradient."""
-    part = tl.sum(values, axis=0)
+    """Return what a program adds to the weight's gradient."""
+    part = tl.sum(values, axis=0, keep_dims=True)
     if not ACROSS:
-        part = tl.sum(part, axis=0)[None, :]
-    return part[None, :, :]
+        part = tl.sum(part, axis=1, keep_dims=True)
+    return part
 
 
 @triton.jit
@@ -68,7 +69,6 @@ def tl_norm_and_rotate_backward(
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    SPREAD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Do what the kernel does with every tile of a program."""
@@ -78,13 +78,14 @@ def tl_norm_and_rotate_backward(
     start = tl.full((), START, tl.int64)
     heads = tl.arange(0, BLOCK_H).to(tl.int64)[None, :, None]
     head_mask = heads < H
-    weight_heads = heads * D if ACROSS else heads * 0
+    # Across heads, a tile has all of them; otherwise they have one weight.
+    weight_heads = heads * D if ACROSS else tl.zeros((1, 1, 1), tl.int64)
+    part_mask = head_mask if ACROSS else weight_heads == 0
     if weight_ptr is not None:
-        # One scale for each element of the tile: in registers it stands where x does.
-        tile_heads = tl.broadcast_to(weight_heads, (BLOCK_N, BLOCK_H, 1))
-        weight_ptrs = weight_ptr + tile_heads
-        # Across heads, a tile has all of them; otherwise every lane has the same weight.
-        weight_mask = (tile_heads >= 0) & head_mask if ACROSS else tile_heads >= 0
+        # By every token: in registers, scales stand where x does.
+        every = tl.zeros((BLOCK_N, 1, 1), tl.int64)
+        weight_ptrs = weight_ptr + (weight_heads + every)
+        weight_mask = part_mask & (every == 0)
         scale_a, scale_b = tl_load_pairs(weight_ptrs + start, 1, weight_mask, P, LAYOUT, BLOCK_P)
         scale_a += OFFSET
         scale_b += OFFSET
@@ -110,13 +111,13 @@ def tl_norm_and_rotate_backward(
             cos_strides,
             sin_strides,
             place,
-            mask if SPREAD else token_mask,
+            token_mask,
             P,
             TABLE,
             REVERSE,
             False,
             BLOCK_P,
-            SPREAD,
+            False,
         )
         # The gradients of what was rotated.
         u = p * cos1 + q * sin2
@@ -152,14 +153,7 @@ def tl_norm_and_rotate_backward(
             tl_store_rest(x_grad_ptrs, x_grad_stride, rest_grad, mask, REST, REST_END, BLOCK_REST)
 
     if parts_ptr is not None:
-        part_ptrs = parts_ptr + program.to(tl.int64) * W
-        # Without ACROSS one row of weights is left.
-        part_mask = head_mask
-        if ACROSS:
-            part_ptrs += weight_heads
-        else:
-            part_ptrs += tl.zeros((1, 1, 1), tl.int64)
-            part_mask = tl.zeros((1, 1, 1), tl.int32) == 0
+        part_ptrs = parts_ptr + program.to(tl.int64) * W + weight_heads
         part_a = tl_part(part_a, ACROSS)
         part_b = tl_part(part_b, ACROSS)
         tl_store_pairs(part_ptrs + start, 1, part_a, part_b, part_mask, P, LAYOUT, BLOCK_P)
@@ -222,15 +216,16 @@ def norm_rope_backward_kernel(
     OTHER_BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    SPREAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    tl_let_next_begin(OVERLAP)
     program = tl.program_id(0)
     tl_norm_and_rotate_backward(
         program, grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, x_grad_ptr, parts_ptr,
         grad_strides, x_strides, x_grad_strides, cos_strides, sin_strides, N, N1, N2, H,
         W, D, START, P, REST, REST_END, LAYOUT, OUT_LAYOUT, TABLE, REVERSE,
-        EPS, GAIN, OFFSET, MODE, ACROSS, BLOCK_N, BLOCK_H, BLOCK_P, BLOCK_REST, SPREAD, STAGES,
+        EPS, GAIN, OFFSET, MODE, ACROSS, BLOCK_N, BLOCK_H, BLOCK_P, BLOCK_REST, STAGES,
     )  # fmt: skip
     if other_x_ptr is not None:
         tl_norm_and_rotate_backward(
@@ -238,5 +233,5 @@ def norm_rope_backward_kernel(
             other_grad_strides, other_x_strides, other_x_grad_strides, other_cos_strides, other_sin_strides,
             OTHER_N, OTHER_N1, OTHER_N2, OTHER_H,
             OTHER_W, D, START, P, REST, REST_END, LAYOUT, OUT_LAYOUT, TABLE, REVERSE,
-            EPS, GAIN, OFFSET, MODE, ACROSS, OTHER_BLOCK_N, OTHER_BLOCK_H, BLOCK_P, BLOCK_REST, SPREAD, STAGES,
+            EPS, GAIN, OFFSET, MODE, ACROSS, OTHER_BLOCK_N, OTHER_BLOCK_H, BLOCK_P, BLOCK_REST, STAGES,
         )  # fmt: skip

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from graphfuse.kernels._bf16 import tl_widen
 from graphfuse.kernels._rms_norm_kernel import tl_rstd
 from graphfuse.kernels._rope_kernel import (
     COUNTS,
@@ -20,7 +21,7 @@ from graphfuse.kernels._triton import tl, triton
 def tl_load_rest(ptrs, stride, mask, FIRST: tl.constexpr, END: tl.constexpr, BLOCK: tl.constexpr):
     """Return the features from FIRST to before END in fp32, [*, *, BLOCK]."""
     cols = FIRST + tl.arange(0, BLOCK).to(tl.int64)[None, None, :]
-    return tl.load(ptrs + cols * stride, mask=mask & (cols < END), other=0.0).to(tl.float32)
+    return tl_widen(tl.load(ptrs + cols * stride, mask=mask & (cols < END), other=0.0))
 
 
 @triton.jit
@@ -43,11 +44,13 @@ def tl_total(values, ACROSS: tl.constexpr):
 def tl_scaled(y, scale, OFFSET: tl.constexpr, NORMALIZED: tl.constexpr, ROUNDED: tl.constexpr):
     """Return the norm's result of x * rstd, rounded where it rounds; `scale` is the weight or None."""
     if NORMALIZED is not None:
-        y = y.to(NORMALIZED).to(tl.float32)
+        y = tl_widen(y.to(NORMALIZED))
     if scale is not None:
-        y = y * (scale + OFFSET)
+        if OFFSET != 0.0:
+            scale = scale + OFFSET
+        y = y * scale
     if ROUNDED is not None:
-        y = y.to(ROUNDED).to(tl.float32)
+        y = tl_widen(y.to(ROUNDED))
     return y
 
 
@@ -88,7 +91,6 @@ def tl_norm_and_rotate(
     BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    SPREAD: tl.constexpr,
 ):
     """Do what the kernel does with one tile."""
     token_mask, mask, place = tl_place(tile, N, N1, N2, H, BLOCK_N, BLOCK_H)
@@ -106,18 +108,20 @@ def tl_norm_and_rotate(
         cos_strides,
         sin_strides,
         place,
-        mask if SPREAD else token_mask,
+        token_mask,
         P,
         TABLE,
         REVERSE,
         False,
         BLOCK_P,
-        SPREAD,
+        False,
     )
     scale_a, scale_b = None, None
     if weight_ptr is not None:
-        weight_ptrs = weight_ptr + (place[3] * D if ACROSS else place[3] * 0)
-        scale_a, scale_b = tl_load_pairs(weight_ptrs + start, 1, mask, P, LAYOUT, BLOCK_P)
+        # By every token, as the tables.
+        weight_ptrs = weight_ptr + (place[3] * D if ACROSS else 0) + place[2] * 0
+        weight_mask = mask if ACROSS else token_mask
+        scale_a, scale_b = tl_load_pairs(weight_ptrs + start, 1, weight_mask, P, LAYOUT, BLOCK_P)
 
     squares = tl_total(a * a + b * b, ACROSS)
     if REST < REST_END:
@@ -134,7 +138,7 @@ def tl_norm_and_rotate(
     if REST < REST_END:
         scale = None
         if weight_ptr is not None:
-            scale = tl_load_rest(weight_ptrs, 1, mask, REST, REST_END, BLOCK_REST)
+            scale = tl_load_rest(weight_ptrs, 1, weight_mask, REST, REST_END, BLOCK_REST)
         rest = tl_scaled(rest * rstd, scale, OFFSET, NORMALIZED, ROUNDED)
         tl_store_rest(y_ptrs, y_stride, rest, mask, REST, REST_END, BLOCK_REST)
 
@@ -190,7 +194,6 @@ def norm_rope_kernel(
     OTHER_BLOCK_H: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    SPREAD: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if other_x_ptr is None or tile < TILES:
@@ -199,7 +202,7 @@ def norm_rope_kernel(
             x_strides, y_strides, cos_strides, sin_strides, N, N1, N2, H,
             W, D, START, P, REST, REST_END, LAYOUT, OUT_LAYOUT, TABLE, REVERSE,
             EPS, GAIN, OFFSET, MODE, NORMALIZED, ROUNDED, ACROSS,
-            BLOCK_N, BLOCK_H, BLOCK_P, BLOCK_REST, SPREAD,
+            BLOCK_N, BLOCK_H, BLOCK_P, BLOCK_REST,
         )  # fmt: skip
     else:
         tl_norm_and_rotate(
@@ -208,5 +211,5 @@ def norm_rope_kernel(
             OTHER_N, OTHER_N1, OTHER_N2, OTHER_H,
             OTHER_W, D, START, P, REST, REST_END, LAYOUT, OUT_LAYOUT, TABLE, REVERSE,
             EPS, GAIN, OFFSET, MODE, NORMALIZED, ROUNDED, ACROSS,
-            OTHER_BLOCK_N, OTHER_BLOCK_H, BLOCK_P, BLOCK_REST, SPREAD,
+            OTHER_BLOCK_N, OTHER_BLOCK_H, BLOCK_P, BLOCK_REST,
         )  # fmt: skip

@@ -11,17 +11,18 @@ from torch import Tensor
 
 from graphfuse.kernels._norm_rope_backward_kernel import norm_rope_backward_kernel
 from graphfuse.kernels._norm_rope_kernel import norm_rope_kernel
-from graphfuse.kernels._parts import add_parts_
+from graphfuse.kernels._parts import add_parts_, overlap
 from graphfuse.kernels._rms_norm_kernel import NormOptions, num_sms
 from graphfuse.kernels._rope_launch import Rotation, Table, heads_per_program, plan_walk
 from graphfuse.kernels._triton import launch, tl, triton
 
-# Elements of a program at most, 32 to a thread. Forward it has one token, whose entries of the tables all its heads
-# share; backward may have several, and loads the tables as it loads x, by every head.
-TILE = 4096
-FEW = 1024  # elements of a program forward, below which it has several tokens after all
+TILE = 4096  # elements of a program at most, 32 to a thread
+# Heads of a program, at most, and as many tokens as there is room for. A thread has the same features of all of these
+# heads, so that their entries of the tables, and of the weight, are in its registers once.
+HEADS = {"forward": 2, "backward": 2}
 MAX_ACROSS = 8192  # features of all heads together that a program holds
-PER_SM = 2  # programs of backward that a multiprocessor runs at once
+# Programs of backward that a multiprocessor has registers for, and of what takes more: two tensors, or all heads.
+PER_SM, PER_SM_LARGE = 3, 2
 STAGES = 3  # backward loads the next tiles but one ahead
 
 
@@ -61,19 +62,18 @@ def plan_launch(
         if walk is None:
             return None
         if across < 0:
-            block_h = heads_per_program(walk.heads, _power_of_two_below(TILE // width))
+            most = HEADS["backward" if backward else "forward"]
+            block_h = heads_per_program(walk.heads, min(most, _power_of_two_below(TILE // width)))
         elif fits_across(walk.heads, features, 2 * pairs):
             block_h = _power_of_two_above(walk.heads)
         else:
             return None
         walks.append(walk)
         blocks_h.append(block_h)
-    # Programs of the tensor with fewer heads have as much to do as those of the other, with as many threads.
-    room = TILE if backward else max(FEW, width * max(blocks_h))
     args: list[Any] = []
     blocks, tiles = [], []
     for walk, block_h in zip(walks, blocks_h, strict=True):
-        block_n = min(triton.next_power_of_2(walk.tokens), _power_of_two_below(room // (width * block_h)))
+        block_n = min(triton.next_power_of_2(walk.tokens), _power_of_two_below(TILE // (width * block_h)))
         blocks.append((block_n, block_h))
         tiles.append(triton.cdiv(walk.tokens, block_n) * triton.cdiv(walk.heads, block_h))
         args += (*walk.strides[::-1], *walk.tables, walk.tokens, *walk.inner, walk.heads)
@@ -107,7 +107,6 @@ def plan_launch(
             "OTHER_BLOCK_H": blocks[-1][1] if is_pair else None,
             "BLOCK_P": block_p,
             "BLOCK_REST": block_rest,
-            "SPREAD": backward,
             "num_warps": min(num_warps, 16),
         },
     )
@@ -208,7 +207,8 @@ def norm_rope_backward_triton_(
     plan = plan_launch(shapes, *tables, rotation, options, across, True)
     if plan is None:
         return False
-    num_programs = min(max(plan.tiles), PER_SM * num_sms(cos.device))
+    per_sm = PER_SM if len(tensors) == 1 and across < 0 else PER_SM_LARGE
+    num_programs = min(max(plan.tiles), per_sm * num_sms(cos.device))
     widths = (plan.constants["W"], plan.constants["OTHER_W"])
     parts = [
         None if each.weight_grad is None else each.x.new_empty(num_programs, width, dtype=torch.float32)
@@ -228,6 +228,7 @@ def norm_rope_backward_triton_(
         *((*others[0][:-1], parts[1]) if others else [None] * 5),
         *plan.args,
         **plan.constants,
+        OVERLAP=overlap(cos.device),
         STAGES=STAGES,
     )
     add_parts_(*((part, each.weight_grad) for each, part in zip(tensors, parts, strict=True)))

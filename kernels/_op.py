@@ -14,6 +14,7 @@ from graphfuse.kernels._ahead import ahead
 from graphfuse.kernels._triton import HAS_TRITON
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+VECTOR_BYTES = 16  # of a load
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Operand = Tensor | torch.dtype | None

@@ -37,6 +37,12 @@ torch.library.define(
     "float up_limit, float up_offset, bool with_result) -> Tensor",
     tags=_op.TAGS,
 )
+torch.library.define(
+    "graphfuse::packed_glu_backward_of_products",
+    "(Tensor grad, Tensor weight, Tensor states, Tensor packed_weight, str packing, str activation, float alpha, "
+    "float gate_max, float up_limit, float up_offset, bool with_result) -> (Tensor, Tensor)",
+    tags=_op.TAGS,
+)
 
 
 def unpack(packed: Tensor, packing: str) -> tuple[Tensor, Tensor]:
@@ -108,9 +114,29 @@ def _packed_backward_in_place(
     return differentiate_(grad, weight, *unpack(packed, packing), options, with_result)
 
 
+def _packed_backward_of_products(
+    grad: Tensor,
+    weight: Tensor,
+    states: Tensor,  # (N, H)
+    packed_weight: Tensor,  # (H, 2 D)
+    packing: str,
+    activation: str,
+    alpha: float,
+    gate_max: float,
+    up_limit: float,
+    up_offset: float,
+    with_result: bool,
+) -> tuple[Tensor, Tensor]:
+    """`packed_glu_backward_` of a projection that it makes itself, and returns as its gradient."""
+    options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
+    packed = torch.mm(states, packed_weight)
+    return packed, differentiate_(grad, weight, *unpack(packed, packing), options, with_result)
+
+
 _op.implement("packed_glu", _packed_forward)
 _op.implement("packed_glu_backward", _packed_backward)
 _op.implement("packed_glu_backward_", _packed_backward_in_place)
+_op.implement("packed_glu_backward_of_products", _packed_backward_of_products)
 
 
 @torch.library.register_fake("graphfuse::packed_glu")
@@ -126,6 +152,12 @@ def _(grad, packed, packing, activation, alpha, gate_max, up_limit, up_offset):
 @torch.library.register_fake("graphfuse::packed_glu_backward_")
 def _(grad, weight, packed, packing, *others: Any):
     return in_place_result(grad, weight, unpack(packed, packing)[0], others[-1])
+
+
+@torch.library.register_fake("graphfuse::packed_glu_backward_of_products")
+def _(grad, weight, states, packed_weight, packing, *others: Any):
+    packed = torch.mm(states, packed_weight)
+    return packed, in_place_result(grad, weight, unpack(packed, packing)[0], others[-1])
 
 
 def _setup_context_packed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import torch
 
+from graphfuse.kernels._bf16 import tl_widen
+from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._strides import fold
-from graphfuse.kernels._triton import tl, triton
+from graphfuse.kernels._triton import HAS_PTX, tl, triton
 
 MAX_ROW_DIMS = 3  # that the kernels can tell apart
 MAX_ROWS = 2**31 - 2**16  # rows are counted in int32, and a tile may run over the end
@@ -68,15 +70,17 @@ def tl_load_tile(ptr, rows, N1, N2, strides, cols, mask):
         return 0.0
     else:
         ptrs = ptr + tl_row_offsets(rows, N1, N2, strides) + cols * strides[3]
-        return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        return tl_widen(tl.load(ptrs, mask=mask, other=0.0))
 
 
 @triton.jit
 def tl_load_scale(weight_ptr, stride, cols, D: tl.constexpr, OFFSET: tl.constexpr):
-    """Return offset + weight."""
-    scale = tl.load(weight_ptr + cols * stride, mask=cols < D, other=0.0).to(tl.float32)
-    if OFFSET != 0.0:
-        scale = scale + OFFSET
+    """Return offset + weight, or None."""
+    scale = None
+    if weight_ptr is not None:
+        scale = tl.load(weight_ptr + cols * stride, mask=cols < D, other=0.0).to(tl.float32)
+        if OFFSET != 0.0:
+            scale = scale + OFFSET
     return scale
 
 
@@ -101,34 +105,45 @@ def tl_rstd(mean, EPS: tl.constexpr, GAIN: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
+def tl_add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def tl_sum_both(a, b):
+    """Return the sums of both over the features of each row, for which the threads of a row meet once."""
+    if HAS_PTX:
+        return tl.reduce((a, b), 1, tl_add_both, keep_dims=True)
+    else:
+        # To the interpreter, any other reduction than a sum is a loop in Python.
+        return tl.sum(a, axis=1, keep_dims=True), tl.sum(b, axis=1, keep_dims=True)
+
+
+@triton.jit
 def tl_normalize(
     x,
     rstd,
-    weight_ptr,
-    weight_stride,
-    cols,
-    D: tl.constexpr,
-    OFFSET: tl.constexpr,
+    scale,  # or None
     NORMALIZED: tl.constexpr,
 ):
     """Return y before its rounding."""
     y = x * rstd
     if NORMALIZED is not None:
         y = y.to(NORMALIZED).to(tl.float32)
-    if weight_ptr is not None:
-        y = y * tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
+    if scale is not None:
+        y = y * scale
     return y
 
 
 @triton.jit
 def tl_load_sum(x_ptrs, residual_ptrs, total_ptrs, mask):
     """Return x, or where there is a total, the rounded sum with the residual, which is stored."""
-    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x = tl_widen(tl.load(x_ptrs, mask=mask, other=0.0))
     if total_ptrs is not None:
-        total = x + tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+        total = x + tl_widen(tl.load(residual_ptrs, mask=mask, other=0.0))
         total = total.to(total_ptrs.dtype.element_ty)
         tl.store(total_ptrs, total, mask=mask)
-        x = total.to(tl.float32)
+        x = tl_widen(total)
     return x
 
 
@@ -137,8 +152,8 @@ def tl_store_sum(y_ptrs, y, residual_ptrs, mask, ROUNDED: tl.constexpr):
     """Store y, or where there is a residual, its sum with the rounded y."""
     if residual_ptrs is not None:
         if ROUNDED is not None:
-            y = y.to(ROUNDED).to(tl.float32)
-        y += tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            y = tl_widen(y.to(ROUNDED))
+        y += tl_widen(tl.load(residual_ptrs, mask=mask, other=0.0))
     tl.store(y_ptrs, y.to(y_ptrs.dtype.element_ty), mask=mask)
 
 
@@ -183,10 +198,12 @@ def rms_norm_kernel(
     if D <= BLOCK_D:
         mask = (rows < R) & (cols < D)
         x = tl_load_sum(x_ptrs, sum_ptrs, total_ptrs, mask)
+        # Asked for before the sum is waited for.
+        scale = tl_load_scale(weight_ptr, weight_stride, cols, D, OFFSET)
         squares = tl.sum(x * x, axis=1, keep_dims=True)
         # Rows beyond R must not divide by zero.
         rstd, _ = tl_rstd(tl.where(rows < R, squares / D, 1.0), EPS, GAIN, MODE)
-        y = tl_normalize(x, rstd, weight_ptr, weight_stride, cols, D, OFFSET, NORMALIZED)
+        y = tl_normalize(x, rstd, scale, NORMALIZED)
         tl_store_sum(y_ptrs, y, after_ptrs, mask, ROUNDED)
     else:
         tl.static_assert(BLOCK_R == 1)
@@ -211,10 +228,11 @@ def rms_norm_kernel(
             mask = at + cols < D
             if total_ptr is not None:
                 # A thread reads what it has written itself.
-                x = tl.load(total_ptrs + at * total_strides[3], mask=mask, other=0.0).to(tl.float32)
+                x = tl_widen(tl.load(total_ptrs + at * total_strides[3], mask=mask, other=0.0))
             else:
-                x = tl.load(x_ptrs + at * x_strides[3], mask=mask, other=0.0).to(tl.float32)
-            y = tl_normalize(x, rstd, weight_ptr, weight_stride, first + cols, D, OFFSET, NORMALIZED)
+                x = tl_widen(tl.load(x_ptrs + at * x_strides[3], mask=mask, other=0.0))
+            scale = tl_load_scale(weight_ptr, weight_stride, first + cols, D, OFFSET)
+            y = tl_normalize(x, rstd, scale, NORMALIZED)
             if after_ptrs is not None:
                 tl_store_sum(y_ptrs + at * y_strides[3], y, after_ptrs + at * residual_strides[3], mask, ROUNDED)
             else:
@@ -242,10 +260,12 @@ def rms_norm_backward_kernel(
     GAIN: tl.constexpr,
     OFFSET: tl.constexpr,
     MODE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    tl_let_next_begin(OVERLAP)
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     # program * D can exceed 2**31.
@@ -268,14 +288,14 @@ def rms_norm_backward_kernel(
             grad = tl_load_tile(grad_ptr, rows, N1, N2, grad_strides, cols, mask)
             add = tl_load_tile(add_ptr, rows, N1, N2, add_strides, cols, mask)
 
-            mean = tl.sum(x * x, axis=1, keep_dims=True) / D
-            rstd, k = tl_rstd(tl.where(rows < R, mean, 1.0), EPS, GAIN, MODE)
+            scaled = grad
+            if weight_ptr is not None:
+                scaled = grad * scale
+            squares, products = tl_sum_both(x * x, scaled * x)
+            rstd, k = tl_rstd(tl.where(rows < R, squares / D, 1.0), EPS, GAIN, MODE)
             if parts_ptr is not None:
                 weight_grad += grad * (x * rstd)
-            if weight_ptr is not None:
-                grad = grad * scale
-            slope = k * (tl.sum(grad * x, axis=1, keep_dims=True) / D)
-            x_grad = rstd * (grad - x * slope) + add
+            x_grad = rstd * (scaled - x * (k * (products / D))) + add
 
             x_grad_ptrs = x_grad_ptr + tl_row_offsets(rows, N1, N2, x_grad_strides)
             x_grad_ptrs += cols * x_grad_strides[3]

@@ -8,6 +8,7 @@ Where a position has few heads, it holds several positions.
 
 from __future__ import annotations
 
+from graphfuse.kernels._bf16 import tl_widen
 from graphfuse.kernels._triton import tl, triton
 
 
@@ -26,7 +27,7 @@ def tl_load_pairs(ptrs, stride, mask, P: tl.constexpr, LAYOUT: tl.constexpr, BLO
         second = first
         if LAYOUT == "half":
             second = tl.load(ptrs + (P + pairs) * stride, mask=mask & (pairs < P), other=0.0)
-    return first.to(tl.float32), second.to(tl.float32)
+    return tl_widen(first), tl_widen(second)
 
 
 @triton.jit

@@ -109,7 +109,8 @@ def plan_walk(
         tokens = fold(*zip(*leading, strict=True)) if leading else []
     if len(tokens) > MAX_TOKEN_DIMS or math.prod(shape[:-1]) > MAX_HEADS:
         return None
-    tokens = [nothing] * (MAX_TOKEN_DIMS - len(tokens)) + tokens
+    # Sizes of 1 cost nothing at the end: no division by them is left in the kernels.
+    tokens += [nothing] * (MAX_TOKEN_DIMS - len(tokens))
     walks = list(zip(*(steps for _, steps in tokens), strict=True))
     (n0, _), (n1, _), (n2, _) = tokens
     return Walk(

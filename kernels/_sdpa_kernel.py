@@ -30,11 +30,12 @@ def sdpa_kernel(
     like = tuple((tensor.shape, tensor.stride()) for tensor in (query, key, value))
     masked = None if mask is None else (mask.shape, mask.stride(), mask.dtype)
     call = (like, query.dtype, query.device, masked, is_causal, scale, wanted, _settings())
-    if call not in _backends:
-        if len(_backends) >= MAX_CALLS:
+    backend = _backends.get(call)
+    if backend is None:
+        if len(_backends) >= MAX_CALLS:  # another thread may do the same
             _backends.clear()
-        _backends[call] = _choose(query, key, value, mask, is_causal, scale, wanted)
-    return _backends[call]
+        backend = _backends[call] = _choose(query, key, value, mask, is_causal, scale, wanted)
+    return backend
 
 
 def may_choose() -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from graphfuse.kernels._op import VECTOR_BYTES
 from graphfuse.kernels._sdpa_kernel import sdpa_kernel
 
 aten = torch.ops.aten
@@ -215,12 +216,27 @@ def _bias(mask: Tensor | None, query: Tensor, backend: SDPBackend) -> Tensor | N
 
 
 def _heads_within_tokens(states: Tensor) -> Tensor:
-    """The states (B, H, S, D) as they come out of a linear layer: (B, S, H, D) in memory.
+    """The states (B, H, S, D) as they come out of a linear layer, (B, S, H, D) in memory; or what is cut out of such.
 
-    The one layout in which cuDNN's backward is right whatever that of the result's gradient: where the queries have
+    The one order in which cuDNN's backward is right whatever that of the result's gradient: where the queries have
     another one than the result or its gradient, it returns wrong gradients (torch 2.11, also under PyTorch's own call).
+    Gaps between tokens, where queries, keys and values are packed, are no matter.
     """
-    return states.transpose(1, 2).contiguous().transpose(1, 2)
+    tokens = states.transpose(1, 2)
+    return states if _is_in_order(tokens) else tokens.contiguous().transpose(1, 2)
+
+
+def _is_in_order(tokens: Tensor) -> bool:
+    """Whether every dim goes through the memory in longer steps than those behind it, and all start whole loads."""
+    *sizes, features = tokens.shape
+    *strides, last = tokens.stride()
+    extent = features
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1:
+            if stride < extent or stride * tokens.element_size() % VECTOR_BYTES:
+                return False
+            extent = size * stride
+    return last == 1 and tokens.data_ptr() % VECTOR_BYTES == 0
 
 
 def _lse_dtype(query: Tensor) -> torch.dtype:

@@ -2,6 +2,9 @@
 
 Measured once: the answer is kept in a file beside torch's caches, the first one for all processes, so that all go the
 same way and a later one measures nothing.
+
+The first call of a kernel takes long before it reaches the GPU, cuDNN's several seconds: libraries are loaded, and code
+is generated. `load` makes that call in a thread, beside whatever else there is to do.
 """
 
 from __future__ import annotations
@@ -11,20 +14,25 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
+import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse.kernels._sdpa_kernel import KERNELS, may_choose
-from graphfuse.kernels._sdpa_launch import backward, fitted, forward, triangle
+from graphfuse.kernels._sdpa_launch import backward, fake_forward, fitted, forward, triangle
+
+log = logging.getLogger("graphfuse")
 
 FORMAT = 1  # of the files; goes up when what is measured changes
 REPEATS = 7
@@ -43,10 +51,54 @@ class Times:
     milliseconds: dict[str, float]
 
 
-_known: dict[str, Times | None] = {}
+class Like(NamedTuple):
+    """A tensor by what its time depends on: a fake one is another for each thread that asks it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
 
 # Attention without a gradient, of query, key, value, mask and scale.
 Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is measured."""
+
+    device: torch.device
+    query: Like
+    key: Like
+    value: Like
+    mask: Like | None
+    is_causal: bool
+    trains: bool
+    ways: Mapping[str, Way] | None = None
+
+    def described(self) -> dict[str, Any]:
+        """All that the answer depends on."""
+        states = (self.query, self.key, self.value)
+        return {
+            "format": FORMAT,
+            **_machine(self.device),
+            # activated by the user
+            "flash": getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)(),
+            "dtype": str(self.query.dtype),
+            "tensors": [[list(like.shape), list(like.stride)] for like in states],
+            "mask": None if self.mask is None else [str(self.mask.dtype), list(self.mask.shape)],
+            "is_causal": self.is_causal,
+            "trains": self.trains,
+            **({} if self.ways is None else {"ways": list(self.ways)}),
+        }
+
+
+_known: dict[str, Times | None] = {}
+_loading: dict[str, threading.Thread] = {}
 
 
 def fastest(
@@ -71,27 +123,71 @@ def fastest(
         ways: what is timed in the place of PyTorch's kernels, by name, forward alone and with nothing hidden; the first
             stays unless another is faster by more than noise.
     """
-    states = (query, key, value)
-    if not may_choose() or not _is_measurable([*states, *(() if mask is None else (mask,))]):
+    call = _call(query, key, value, mask, is_causal, trains)
+    if call is None:
         return None
-    described = {
-        "format": FORMAT,
-        **_machine(query.device),
-        "flash": getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)(),  # activated by the user
-        "dtype": str(query.dtype),
-        "tensors": [[list(tensor.shape), list(tensor.stride())] for tensor in states],
-        "mask": None if mask is None else [str(mask.dtype), list(mask.shape)],
-        "is_causal": is_causal,
-        "trains": trains,
-        **({} if ways is None else {"ways": list(ways)}),
-    }
-    name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    call = replace(call, ways=ways)
+    names = KERNELS if ways is None else ways
+    described = call.described()
+    name = _name(described)
     if name not in _known:
         file = _file(name)
-        names = KERNELS if ways is None else ways
-        found = _read(file, names) or _measure(query, key, value, mask, ways, is_causal=is_causal, trains=trains)
+        found = _read(file, names)
+        if found is None:
+            wait_until_loaded()  # what is loaded takes time of the GPU, too
+            found = _measure(call)
         _known[name] = _keep(file, found, described, names) if found is not None else None
     return _known[name]
+
+
+def load(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool, trains: bool
+) -> None:
+    """Start to run each kernel once that `fastest` would measure for these; if it is known which is, that one.
+
+    In a thread, whose tensors, stream and random numbers are its own. Somebody has to wait for it: a graph that is
+    captured meanwhile may hear of its allocations.
+    """
+    call = _call(query, key, value, mask, is_causal, trains)
+    if call is None:
+        return
+    name = _name(call.described())
+    if name not in _known and name not in _loading:
+        found = _read(_file(name))
+        wanted = KERNELS if found is None else (found.fastest,)
+        _loading[name] = threading.Thread(target=_load, args=(call, wanted), name="graphfuse-attention")
+        _loading[name].start()
+
+
+def wait_until_loaded() -> None:
+    """Wait until what was to be loaded is."""
+    for thread in _loading.values():
+        thread.join()  # at once, in the child of a fork, which has no such thread
+    _loading.clear()
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, trains: bool) -> Call | None:
+    """The call on tensors like these, if a kernel can be chosen for it, and that be measured."""
+    tensors = [query, key, value, *(() if mask is None else (mask,))]
+    if not may_choose() or not _is_measurable(tensors):
+        return None
+    return Call(
+        device=query.device,
+        query=_like(query),
+        key=_like(key),
+        value=_like(value),
+        mask=None if mask is None else _like(mask),
+        is_causal=is_causal,
+        trains=trains,
+    )
+
+
+def _like(tensor: Tensor) -> Like:
+    return Like(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _name(described: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _is_measurable(tensors: Sequence[Tensor]) -> bool:
@@ -111,20 +207,35 @@ def _machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _measure(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    ways: Mapping[str, Way] | None,
-    *,
-    is_causal: bool,
-    trains: bool,
-) -> Times | None:
+Found = TypeVar("Found")
+
+
+def _measure(call: Call) -> Times | None:
     """Run every kernel that fits, on random numbers; `None` if they are fewer than two, or memory is short."""
-    device = query.device
-    size = max(query.numel(), value.numel() * query.shape[1] // value.shape[1]) * query.element_size()
-    masked = 0 if mask is None else 2 * mask.numel() * query.element_size()
+    return _with_kernels(call, _compare)
+
+
+def _load(call: Call, wanted: Collection[str]) -> None:
+    """Run each of these kernels once, if it fits; what goes wrong is of no importance."""
+
+    def run_once(runs: dict[str, Run]) -> None:
+        for name, run in runs.items():
+            if name in wanted:
+                run()
+        if call.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    try:
+        _with_kernels(call, run_once)
+    except Exception as error:
+        log.debug("attention's kernels are loaded when they are called: %s", error, exc_info=error)
+
+
+def _with_kernels(call: Call, use: Callable[[dict[str, Run]], Found]) -> Found | None:
+    """Hand over every kernel that takes the call, on random numbers; `None` if memory is short."""
+    query, value, device = call.query, call.value, call.device
+    size = max(query.elements(), value.elements() * query.shape[1] // value.shape[1]) * query.dtype.itemsize
+    masked = 0 if call.mask is None else 2 * call.mask.elements() * query.dtype.itemsize
     with contextlib.ExitStack() as stack:
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))
@@ -133,12 +244,7 @@ def _measure(
         if COPIES * size + masked > _free_memory(device):
             return None
         try:
-            generator = torch.Generator(device).manual_seed(0)
-            q, k, v = (_like(tensor, generator) for tensor in (query, key, value))
-            if ways is not None:
-                return _compare(_runs_of(ways, q, k, v, None if mask is None else _open(mask)))
-            seen = None if mask is None else _triangle(mask)
-            return _compare(_runs(q, k, v, seen, is_causal, trains, generator))
+            return use(_runs(call))
         except RuntimeError:  # of memory, or of a kernel that says that it fits and does not
             return None
 
@@ -148,53 +254,40 @@ def _free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
-def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    return empty.normal_(generator=generator)
+def _random(like: Like, device: torch.device, generator: torch.Generator) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device=device).normal_(generator=generator)
 
 
-def _triangle(mask: Tensor) -> Tensor:
+def _triangle(like: Like, device: torch.device) -> Tensor:
     """A mask of this kind: what it hides makes no difference to the time of a kernel that reads it."""
-    seen = triangle(mask)
-    if mask.dtype != torch.bool:
-        seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, -torch.inf)
-    return seen.expand(mask.shape)
+    seen = triangle(torch.empty((), dtype=torch.bool, device=device).expand(like.shape))
+    if like.dtype != torch.bool:
+        seen = torch.zeros(seen.shape, dtype=like.dtype, device=device).masked_fill(~seen, -torch.inf)
+    return seen.expand(like.shape)
 
 
-def _open(mask: Tensor) -> Tensor:
+def _open(like: Like, device: torch.device) -> Tensor:
     """A mask of this kind that hides nothing: some ways read no more than is seen, which may be all that there is."""
-    kept = torch.ones if mask.dtype == torch.bool else torch.zeros
-    return kept(mask.shape, dtype=mask.dtype, device=mask.device)
+    kept = torch.ones if like.dtype == torch.bool else torch.zeros
+    return kept(like.shape, dtype=like.dtype, device=device)
 
 
 Run = Callable[[], tuple[Tensor, ...]]
 
 
-def _runs_of(ways: Mapping[str, Way], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> dict[str, Run]:
-    scale = query.shape[-1] ** -0.5
-
-    def run(name: str) -> tuple[Tensor, ...]:
-        return (ways[name](query, key, value, mask, scale),)
-
-    return {name: functools.partial(run, name) for name in ways}
-
-
-def _runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    trains: bool,
-    generator: torch.Generator,
-) -> dict[str, Run]:
+def _runs(call: Call) -> dict[str, Run]:
     """Every kernel that takes the call, PyTorch's own choice first."""
-    scale = query.shape[-1] ** -0.5
-    grad = forward(query, key, value, mask, is_causal, scale)[0].normal_(generator=generator)
+    generator = torch.Generator(call.device).manual_seed(0)
+    query, key, value = (_random(like, call.device, generator) for like in (call.query, call.key, call.value))
+    if call.ways is not None:
+        return _runs_of(call.ways, query, key, value, None if call.mask is None else _open(call.mask, call.device))
+    mask = None if call.mask is None else _triangle(call.mask, call.device)
+    is_causal, scale = call.is_causal, query.shape[-1] ** -0.5
+    grad = fake_forward(query, value)[0].normal_(generator=generator)
 
     def run(name: str) -> tuple[Tensor, ...]:
         out, lse = forward(query, key, value, mask, is_causal, scale, name)
-        if not trains:
+        if not call.trains:
             return (out,)
         return out, *backward(grad, query, key, value, mask, is_causal, out, lse, scale, name)
 
@@ -204,6 +297,13 @@ def _runs(
     own = backend("")
     names = [name for name in KERNELS if backend(name) == KERNELS[name]]
     return {name: functools.partial(run, name) for name in sorted(names, key=lambda name: KERNELS[name] != own)}
+
+
+def _runs_of(ways: Mapping[str, Way], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> dict[str, Run]:
+    def run(name: str) -> tuple[Tensor, ...]:
+        return (ways[name](query, key, value, mask, query.shape[-1] ** -0.5),)
+
+    return {name: functools.partial(run, name) for name in ways}
 
 
 def _compare(runs: dict[str, Run]) -> Times | None:
@@ -251,7 +351,7 @@ def _file(name: str) -> Path | None:
     return None if config.force_disable_caches else Path(cache_dir()) / "graphfuse" / "attention" / f"{name}.json"
 
 
-def _read(file: Path | None, names: Container[str]) -> Times | None:
+def _read(file: Path | None, names: Container[str] = KERNELS) -> Times | None:
     if file is None:
         return None
     try:

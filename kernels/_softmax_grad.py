@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._ahead import address
+from graphfuse.kernels._op import VECTOR_BYTES
 from graphfuse.kernels._softmax_device import (
     tl_gradient,
     tl_load_or_zero,
@@ -47,7 +48,6 @@ ROW_MULTIPLE = 64
 # classes (0.38 for two reads and a write). Two loads take as long, four 0.50 ms; 32 warps on one row for each
 # multiprocessor, whose second read then meets the cache, 0.49 ms.
 WARPS = 8
-VECTOR_BYTES = 16  # of a load
 
 
 class Logits(NamedTuple):
@@ -298,8 +298,8 @@ def softmax_grad_triton(
     row_stride = logits.stride(0)
     assert logits.stride(1) == 1, "logits must be dense along the classes"
     assert row_stride >= vocab, "rows of logits must not overlap"
-    assert row_stride % ROW_MULTIPLE == 0, "rows of logits must be padded"
-    assert address(logits) % VECTOR_BYTES == 0, "rows of logits must be aligned"
+    step = row_stride * logits.element_size()
+    assert address(logits) % VECTOR_BYTES == step % VECTOR_BYTES == 0, "rows of logits must be aligned"
     assert grad is None or (address(grad), grad.stride()) == (address(logits), logits.stride()), "same memory"
     assert target.dtype == torch.int64, "targets must be int64"
     vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]

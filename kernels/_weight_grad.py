@@ -37,7 +37,8 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._half_product import ALIGNED, add_product
-from graphfuse.kernels._softmax_grad import VECTOR_BYTES, Factors
+from graphfuse.kernels._op import VECTOR_BYTES
+from graphfuse.kernels._softmax_grad import Factors
 from graphfuse.kernels._triton import HAS_TRITON
 
 SUM_TOP = 2.0**15  # what the sum would become if the largest gradients and features met in all tokens

@@ -161,6 +161,15 @@ torch.library.define(
 )
 
 
+torch.library.define(
+    "graphfuse::glu_backward_of_products",
+    "(Tensor grad, Tensor weight, Tensor gate_states, Tensor gate_weight, Tensor up_states, Tensor up_weight, "
+    "str activation, float alpha, float gate_max, float up_limit, float up_offset, bool with_result) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_op.TAGS,
+)
+
+
 def _forward(
     gate: Tensor,
     up: Tensor,
@@ -214,9 +223,30 @@ def _backward_in_place(
     return differentiate_(grad, weight, gate, up, options, with_result)
 
 
+def _backward_of_products(
+    grad: Tensor,
+    weight: Tensor,
+    gate_states: Tensor,  # (N, H)
+    gate_weight: Tensor,  # (H, D)
+    up_states: Tensor,  # (N, H)
+    up_weight: Tensor,  # (H, D)
+    activation: str,
+    alpha: float,
+    gate_max: float,
+    up_limit: float,
+    up_offset: float,
+    with_result: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`glu_backward_` of gate and up that it makes itself, and returns as their gradients."""
+    options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
+    gate, up = torch.mm(gate_states, gate_weight), torch.mm(up_states, up_weight)
+    return gate, up, differentiate_(grad, weight, gate, up, options, with_result)
+
+
 _op.implement("glu", _forward)
 _op.implement("glu_backward", _backward)
 _op.implement("glu_backward_", _backward_in_place)
+_op.implement("glu_backward_of_products", _backward_of_products)
 
 
 @torch.library.register_fake("graphfuse::glu")
@@ -232,6 +262,12 @@ def _(grad, gate, up, activation, alpha, gate_max, up_limit, up_offset):
 @torch.library.register_fake("graphfuse::glu_backward_")
 def _(grad, weight, gate, *others: Any):
     return in_place_result(grad, weight, gate, others[-1])
+
+
+@torch.library.register_fake("graphfuse::glu_backward_of_products")
+def _(grad, weight, gate_states, gate_weight, up_states, up_weight, *others: Any):
+    gate, up = torch.mm(gate_states, gate_weight), torch.mm(up_states, up_weight)
+    return gate, up, in_place_result(grad, weight, gate, others[-1])
 
 
 def in_place_result(grad: Tensor, weight: Tensor | None, like: Tensor, with_result: bool) -> Tensor:

@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._layer_norm_kernel import layer_norm_backward_kernel, layer_norm_kernel, plan_backward
-from graphfuse.kernels._parts import add_parts_
+from graphfuse.kernels._parts import add_parts_, overlap
 from graphfuse.kernels._rms_norm_kernel import STAGES, NormOptions, num_sms, plan_forward
 from graphfuse.kernels._triton import launch, triton
 
@@ -157,6 +157,7 @@ def _launch_backward(
         walk.n2,
         features,
         *options,
+        OVERLAP=overlap(x.device),
         BLOCK_R=plan.block_r,
         BLOCK_D=plan.block_d,
         STAGES=STAGES,

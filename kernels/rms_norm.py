@@ -28,7 +28,7 @@ from torch import Tensor
 
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._norm import empty_gradients, walk_over
-from graphfuse.kernels._parts import add_parts_
+from graphfuse.kernels._parts import add_parts_, overlap
 from graphfuse.kernels._rms_norm_kernel import (
     STAGES,
     NormOptions,
@@ -165,6 +165,7 @@ def launch_backward(
         walk.n2,
         features,
         *options,
+        OVERLAP=overlap(x.device),
         BLOCK_R=plan.block_r,
         BLOCK_D=plan.block_d,
         STAGES=STAGES,

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from graphfuse.kernels import _op
 from graphfuse.kernels._sdpa_kernel import may_choose
-from graphfuse.kernels._sdpa_times import MARGIN, Times, fastest
+from graphfuse.kernels._sdpa_times import MARGIN, Times, fastest, load
 from graphfuse.kernels.grouped_attention import grouped_attention
 from graphfuse.match import Choice, Refusal
 from graphfuse.policy import ALWAYS
@@ -34,17 +34,25 @@ def trains(value: Value, *inputs: Value) -> bool:
     return value.grad_mode and any(one.tensor.requires_grad for one in inputs)
 
 
-def choose_kernel(states: States, *, is_causal: bool, trains: bool, **others: Any) -> Choice | None:
+def choose_kernel(
+    states: States, *, is_causal: bool, trains: bool, ahead: bool = False, **others: Any
+) -> Choice | None:
     """The argument `kernel` of attention without a mask that is read; `others` are set along with it."""
+    if ahead:
+        load(*states(), is_causal=is_causal, trains=trains)
+        return None
     found = fastest(*states(), is_causal=is_causal, trains=trains)
     if found is None:
         return None
     return Choice({"kernel": found.fastest, **others}, f"by {NAMES[found.fastest]}", _told(found, trains))
 
 
-def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool) -> Choice | None:
+def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool, ahead: bool = False) -> Choice | None:
     """The arguments `causal_kernel` and `masked_kernel` of attention whose mask is looked at on every call."""
     query, key, value = states()
+    if ahead:  # of kernels that read a mask, the libraries are the same
+        load(query, key, value, is_causal=True, trains=trains)
+        return None
     causal = fastest(query, key, value, is_causal=True, trains=trains)
     if causal is None:
         return None
@@ -77,7 +85,13 @@ def should_split(query: Value, key: Value) -> bool:
 
 
 def choose_way(
-    anchor: Value, states: tuple[Value, Value, Value], mask: Value | None, *, knows_groups: bool, scale: float
+    anchor: Value,
+    states: tuple[Value, Value, Value],
+    mask: Value | None,
+    *,
+    knows_groups: bool,
+    scale: float,
+    ahead: bool = False,
 ) -> Choice | Refusal | None:
     """The argument `kernel` of attention of one query for each head, or that the code as it is is faster.
 
@@ -87,7 +101,10 @@ def choose_way(
         mask: if there is one.
         knows_groups: whether the code hands such keys and values over, and does not repeat them.
         scale: set along with the kernel.
+        ahead: start nothing, and decide nothing: a kernel of Triton's is not launched in a thread beside others.
     """
+    if ahead:
+        return None
     query, key, value = states
     ways = {"written": _told_of_groups if knows_groups else _repeated, "rows": _as_rows, "split": _split}
     if query.shape[1] == key.shape[1]:

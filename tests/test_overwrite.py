@@ -10,7 +10,10 @@ from torch._inductor.utils import fresh_cache
 from torch.utils.checkpoint import checkpoint
 
 import graphfuse
+from graphfuse import inner, overwrite
 from graphfuse.kernels import _packed_glu, _scale, glu
+
+SUFFIX = "_backward_of_products"
 
 
 @pytest.fixture
@@ -26,6 +29,22 @@ def written(monkeypatch):
     for module in (glu, _packed_glu):
         monkeypatch.setattr(module, "differentiate_", differentiate_)
     return calls
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The ops of graphs in which a gate's backward makes gate and up itself."""
+    found = []
+
+    def looked_at(graph, *args):
+        done = original(graph, *args)
+        targets = [overwrite.name_of(node).removeprefix("graphfuse::") for node in graph.nodes]
+        found.extend(name.removesuffix(SUFFIX) for name in targets if name.endswith(SUFFIX))
+        return done
+
+    original = inner.overwrite
+    monkeypatch.setattr(inner, "overwrite", looked_at)
+    return found
 
 
 class Mlp(nn.Module):
@@ -120,11 +139,44 @@ def test_takes_a_gradient_that_somebody_else_reads_as_it_is(written, packed):
     assert written == [(True, False)] * 2
 
 
-@pytest.mark.parametrize("model", [ReadTwice, Returned, Shared, Checkpointed])
+@pytest.mark.parametrize("model", [ReadTwice, Returned, Shared])
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 def test_leaves_alone_what_somebody_else_reads(written, model, packed):
     check(model(packed))
     assert written == []
+
+
+class WithBias(Checkpointed):
+    """Gate and up are more than products."""
+
+    def both(self, x):
+        return [part + 0.1 for part in super().both(x)]
+
+
+class CheckpointedGate(Mlp):
+    """The projections are kept, and the gate alone is computed again."""
+
+    def forward(self, x):
+        return x + self.down(checkpoint(lambda gate, up: F.silu(gate) * up, *self.both(x), use_reentrant=False))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_makes_what_a_checkpointed_layer_computes_again(written, made, packed):
+    check(Checkpointed(packed))
+    assert written == [(True, True)] * 2
+    assert made == ["packed_glu" if packed else "glu"]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_makes_products_only(written, made, packed):
+    check(WithBias(packed))
+    assert written == made == []
+
+
+def test_a_gate_checkpointed_by_itself_is_written_over(written, made):
+    check(CheckpointedGate())
+    assert written == [(True, True)] * 2
+    assert made == []
 
 
 def test_needs_memory_that_is_given_away(written):

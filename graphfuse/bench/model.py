@@ -20,11 +20,12 @@ import torch
 import typer
 from rich.console import Console
 
+from graphfuse.backend import pattern_names
 from graphfuse.bench.agreement import judged
 from graphfuse.bench.processes import apart
 from graphfuse.bench.rows import Measured, Row, Settings
 from graphfuse.bench.show import chart, progress, remarks, table, where
-from graphfuse.bench.step import VARIANTS, attempt
+from graphfuse.bench.step import VARIANTS, WITHOUT, attempt, is_variant
 from graphfuse.bench.workloads import DTYPES, MASKS, PHASES, Workload, check, of_type, parse_settings, workloads
 from graphfuse.inspect import InspectError
 
@@ -79,7 +80,9 @@ def main(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of its configuration; may be repeated.")
     ] = None,
-    variants: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}.")] = "",
+    variants: Annotated[
+        str, typer.Option(help=f"Comma-separated, of {', '.join(VARIANTS)}, {WITHOUT}PATTERN[+PATTERN].")
+    ] = "",
     masks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(MASKS)}.")] = "none",
     phases: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(PHASES)}.")] = "train",
     batch: Annotated[int | None, typer.Option(help="Sequences of a step.", min=1)] = None,
@@ -109,14 +112,16 @@ def main(
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     asked = variants.split(",") if variants else [v for v in DEFAULT_VARIANTS if v != "liger" or has_liger]
     try:
-        for argument, got, expected in (
-            ("variants", asked, list(VARIANTS)),
+        if wrong := [name for name in asked if not is_variant(name)]:
+            expected = ", ".join((*VARIANTS, WITHOUT + "+".join(pattern_names())))
+            raise InspectError(f"variants: expected names among {expected}, got {wrong[0]}")
+        for argument, got, known_names in (
             ("masks", masks.split(","), list(MASKS)),
             ("phases", phases.split(","), list(PHASES)),
             ("dtype", [dtype] if dtype else [], list(DTYPES)),
         ):
-            if wrong := [item for item in got if item not in expected]:
-                raise InspectError(f"{argument}: expected names among {', '.join(expected)}, got {wrong[0]}")
+            if wrong := [item for item in got if item not in known_names]:
+                raise InspectError(f"{argument}: expected names among {', '.join(known_names)}, got {wrong[0]}")
         config = parse_settings(settings or []) | ({} if layers is None else {"num_hidden_layers": layers})
         steps = [
             replace(

@@ -33,6 +33,7 @@ from graphfuse.errors import GraphfuseError
 from graphfuse.reporting import Report
 
 VARIANTS = ("eager", "inductor", "graphfuse", *(f"graphfuse-{memory}" for memory in MEMORY), "liger")
+WITHOUT = "graphfuse-without-"  # and names of patterns, joined by "+"
 WARM_UP = 3
 CHECKED = 2  # which step is looked at: the first is timed
 
@@ -115,6 +116,15 @@ def _step(workload: Workload, model: nn.Module, given: dict[str, Any], steps: in
     return reading(model, given) if workload.phase == "prefill" else generating(model, given, steps)
 
 
+def is_variant(name: str) -> bool:
+    """Whether it is one of `VARIANTS`, or graphfuse without patterns that there are."""
+    return name in VARIANTS or (name.startswith(WITHOUT) and _left_out(name) <= {*pattern_names()})
+
+
+def _left_out(variant: str) -> set[str]:
+    return {*variant.removeprefix(WITHOUT).split("+")} if variant.startswith(WITHOUT) else set()
+
+
 def compiled(model: nn.Module, variant: str, settings: Settings) -> None:
     """Prepare the model in place.
 
@@ -124,8 +134,15 @@ def compiled(model: nn.Module, variant: str, settings: Settings) -> None:
     if variant == "inductor":
         model.compile(mode=settings.mode)
     elif variant.startswith("graphfuse"):
-        _, _, memory = variant.partition("-")
-        graphfuse.optimize(model, memory=memory or "balanced", inner=settings.inner, mode=settings.mode)
+        memory = variant.removeprefix("graphfuse-")
+        left_out = _left_out(variant)
+        graphfuse.optimize(
+            model,
+            memory=memory if memory in MEMORY else "balanced",
+            patterns=[name for name in pattern_names() if name not in left_out] if left_out else None,
+            inner=settings.inner,
+            mode=settings.mode,
+        )
     elif variant == "liger":
         from liger_kernel.transformers import monkey_patch  # type: ignore[import-not-found]
 

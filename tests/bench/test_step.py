@@ -7,7 +7,7 @@ import torch
 
 from graphfuse.bench import step as module
 from graphfuse.bench.rows import Settings
-from graphfuse.bench.step import VariantError, attempt, loss_of, measure
+from graphfuse.bench.step import VariantError, attempt, is_variant, loss_of, measure
 from graphfuse.bench.workloads import Workload
 
 TINY = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
@@ -77,3 +77,24 @@ def test_finds_the_loss_of_an_output():
     assert loss_of({"states": many}) == 5.0
     with pytest.raises(VariantError, match="expected a tensor or an output with a loss, got str"):
         loss_of("loss")
+
+
+def test_leaves_patterns_out():
+    row = measure(WORKLOAD, "graphfuse-without-rope+glu", QUICK).row
+    assert {"rms_norm", "linear_cross_entropy"} <= row.rewritten.keys()
+    assert not {"rope", "glu"} & row.rewritten.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("graphfuse", True),
+        ("graphfuse-min", True),
+        ("graphfuse-without-rope+glu", True),
+        ("graphfuse-without-ropes", False),
+        ("graphfuse-without-", False),
+        ("graphfuse-rope", False),
+    ],
+)
+def test_knows_the_names_of_variants(name, is_one):
+    assert is_variant(name) == is_one

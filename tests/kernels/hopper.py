@@ -104,6 +104,7 @@ def pretend() -> Hopper:
     from graphfuse.kernels import (
         _norm_rope_launch,
         _op,
+        _parts,
         _rms_norm_kernel,
         _split_attention_kernel,
         layer_norm,
@@ -115,6 +116,7 @@ def pretend() -> Hopper:
     _op.launches = lambda *operands: _op.compute_dtype(*operands) == torch.float32
     for module in (_norm_rope_launch, _rms_norm_kernel, _split_attention_kernel, layer_norm, rms_norm):
         module.num_sms = lambda _: MULTIPROCESSORS
+    _parts.can_overlap = lambda _: True
     return hopper
 
 

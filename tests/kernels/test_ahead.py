@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import graphfuse
+from graphfuse import backend
+from graphfuse.kernels import _ahead
 from graphfuse.kernels._ahead import address
 from graphfuse.kernels._triton import HAS_TRITON
 
@@ -42,6 +47,81 @@ def test_launches_compile_what_nobody_else_did(lost):
     step = cold_step("aot_eager", "without", lost)
     assert step["found"] == []
     assert len(step["compiled"]) > 12
+
+
+class Executor:
+    """Takes jobs, and does them when it is told to."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def submit(self, function, *args):
+        future = Future()
+        self.jobs.append((future, function, args))
+        return future
+
+    def work(self):
+        jobs, self.jobs = self.jobs, []
+        for future, function, args in jobs:
+            try:
+                future.set_result(function(*args))
+            except Exception as error:
+                future.set_exception(error)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Threads, processes, and what was compiled; jobs go to the threads until there are processes."""
+    site = SimpleNamespace(threads=Executor(), processes=Executor(), are_there=False, compiled=[])
+
+    def compile_here(name):
+        if name == "wrong":
+            raise ValueError("no kernel")
+        site.compiled.append(name)
+
+    monkeypatch.setattr(_ahead, "_threads", lambda: site.threads)
+    monkeypatch.setattr(_ahead, "_executor", lambda: site.processes if site.are_there else site.threads)
+    monkeypatch.setattr(_ahead, "compile_here", compile_here)
+    return site
+
+
+def test_threads_compile_until_there_are_processes(elsewhere):
+    first, wrong = _ahead._start("first"), _ahead._start("wrong")
+    elsewhere.threads.work()
+    assert first.result(0) is None
+    assert isinstance(wrong.exception(0), ValueError)
+    late = [_ahead._start("late"), _ahead._start("wrong")]
+    elsewhere.are_there = True
+    elsewhere.threads.work()  # hands them on
+    assert elsewhere.compiled == ["first"]
+    assert not any(future.done() for future in late)
+    elsewhere.processes.work()
+    assert elsewhere.compiled == ["first", "late"]
+    assert late[0].result(0) is None
+    assert isinstance(late[1].exception(0), ValueError)
+    last = _ahead._start("last")
+    assert not elsewhere.threads.jobs
+    elsewhere.processes.work()
+    assert last.result(0) is None
+
+
+def test_processes_that_refuse_are_of_no_importance(elsewhere):
+    def closed(*_):
+        raise RuntimeError("Attempting to use a closed pool")
+
+    future = _ahead._start("kernel")
+    elsewhere.are_there, elsewhere.processes.submit = True, closed
+    elsewhere.threads.work()
+    assert isinstance(future.exception(0), RuntimeError)
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_processes_start_before_dynamo_traces_where_a_gpu_is_in_use(in_use, monkeypatch):
+    woken = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(backend, "wake", lambda: woken.append(True))
+    graphfuse.optimize(torch.nn.Linear(2, 2))
+    assert woken == [True] * in_use
 
 
 def test_fake_tensors_lie_where_real_ones_might():

@@ -19,9 +19,16 @@ PADDED = (TRIANGLE & (torch.arange(S) < torch.tensor([[S], [S - 13]]))[:, None, 
 
 
 def heads(device, heads=4, groups=2, dtype=torch.float32, values=D, length=S, layout="tokens"):
-    """Queries, keys and values: (B, heads, S, D), as models have them with the heads inside the tokens, or dense."""
+    """Queries, keys and values: (B, heads, S, D), as models have them with the heads inside the tokens, or dense.
+
+    Or "packed": cut out of the result of one product.
+    """
     sizes = ((heads, D), (groups, D), (groups, values))
     states = [torch.randn(B, length, n, d, device=device).to(dtype).transpose(1, 2) for n, d in sizes]
+    if layout == "packed":
+        whole = torch.cat([x.transpose(1, 2).flatten(2) for x in states], 2)
+        parts = whole.split([n * d for n, d in sizes], 2)
+        states = [x.unflatten(2, size).transpose(1, 2).detach() for x, size in zip(parts, sizes, strict=True)]
     return [(x.contiguous() if layout == "heads" else x).requires_grad_() for x in states]
 
 
@@ -40,7 +47,7 @@ def backend(request, monkeypatch):
 @pytest.mark.parametrize("mask", [TRIANGLE, PADDED, additive(TRIANGLE), additive(PADDED)], ids=range(4))
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["tokens", "heads"])
+@pytest.mark.parametrize("layout", ["tokens", "heads", "packed"])
 def test_no_worse_than_eager(device, backend, mask, groups, dtype, layout):
     mask = mask.to(device)
     mask = mask if mask.dtype == torch.bool else mask.clamp_min(torch.finfo(dtype).min).to(dtype)

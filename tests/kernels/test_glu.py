@@ -300,6 +300,9 @@ def test_packed_says_what_is_wrong(changed, error, message):
         packed_glu(**({"packed": torch.ones(3, 4)} | changed))
 
 
+SIZES = ((15, 8), (8, 24), (15, 8), (15, 8))  # of a gradient, of the weight it comes through, and of two layers' states
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_result", [False, True])
 @pytest.mark.parametrize("options", [SILU, GPT_OSS], ids=["silu", "gpt-oss"])
@@ -332,6 +335,30 @@ def test_in_place(path, device, layout, is_product, options, with_result, dtype)
         torch.testing.assert_close(found, product, rtol=0, atol=0)
     else:
         assert found.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_result", [False, True])
+@pytest.mark.parametrize("layout", ["separate", *PACKINGS])
+def test_of_products(path, device, layout, with_result, dtype):
+    """What the op in place does, of products that it makes itself."""
+    grad, weight, states, others = (torch.randn(size, device=device).to(dtype) for size in SIZES)
+    gate_weight, up_weight, packed_weight = (torch.randn(8, width, device=device).to(dtype) for width in (24, 24, 48))
+    gate, up, packed = states @ gate_weight, others @ up_weight, states @ packed_weight
+    options = (*GPT_OSS, with_result)
+    if layout in PACKINGS:
+        args = (grad, weight, states, packed_weight, layout, *options)
+        *found, result = torch.ops.graphfuse.packed_glu_backward_of_products(*args)
+        expected = torch.ops.graphfuse.packed_glu_backward_(grad, weight, packed, layout, *options)
+        wanted = [packed]
+        torch.library.opcheck(torch.ops.graphfuse.packed_glu_backward_of_products.default, args)
+    else:
+        args = (grad, weight, states, gate_weight, others, up_weight, *options)
+        *found, result = torch.ops.graphfuse.glu_backward_of_products(*args)
+        expected = torch.ops.graphfuse.glu_backward_(grad, weight, gate, up, *options)
+        wanted = [gate, up]
+        torch.library.opcheck(torch.ops.graphfuse.glu_backward_of_products.default, args)
+    torch.testing.assert_close([*found, result], [*wanted, expected], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("with_result", [False, True])

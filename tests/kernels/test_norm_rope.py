@@ -94,7 +94,6 @@ def test_needs_no_weight(path, device, across):
 def test_covers_every_head_of_every_token(path, device, heads, across, monkeypatch):
     """More tokens and heads than a program holds, and not a multiple; more tiles than programs."""
     monkeypatch.setattr(kernel, "TILE", 256)
-    monkeypatch.setattr(kernel, "FEW", 64)
     kernel.plan_launch.cache_clear()
     check(problem(device, 16, heads=heads, across=across, tokens=11), across=across)
     kernel.plan_launch.cache_clear()

@@ -26,7 +26,6 @@ def few(monkeypatch):
     plans = (_rope_launch.plan_launch, _norm_rope_launch.plan_launch)
     monkeypatch.setattr(_rope_launch, "TILE", 256)
     monkeypatch.setattr(_norm_rope_launch, "TILE", 256)
-    monkeypatch.setattr(_norm_rope_launch, "FEW", 64)
     for plan in plans:
         plan.cache_clear()
     yield

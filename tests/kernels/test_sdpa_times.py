@@ -1,6 +1,7 @@
 """Which attention kernel is fastest: measured once, kept for later processes, and never against the user's settings."""
 
 import contextlib
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -10,9 +11,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from graphfuse.kernels import _sdpa_kernel, _sdpa_launch, _sdpa_times
 from graphfuse.kernels._sdpa_kernel import KERNELS, may_choose
-from graphfuse.kernels._sdpa_times import Times, fastest
+from graphfuse.kernels._sdpa_times import Times, fastest, load, wait_until_loaded
 
 B, H, G, S, D = 2, 4, 2, 24, 16
+
+
+each_mask = pytest.mark.parametrize(
+    "mask", [None, torch.ones(S, S).tril().bool(), torch.zeros(B, 1, S, S)], ids=["", "bool", "added"]
+)
 
 
 def states(device="cpu", dtype=torch.float32, sizes=(B, S, D), heads=H, groups=G):
@@ -66,9 +72,7 @@ def choose(**options):
 
 
 @pytest.mark.parametrize("trains", [True, False])
-@pytest.mark.parametrize(
-    "mask", [None, torch.ones(S, S).tril().bool(), torch.zeros(B, 1, S, S)], ids=["", "bool", "added"]
-)
+@each_mask
 def test_takes_the_fastest(gpu, mask, trains):
     found = choose(mask=mask, is_causal=mask is None, trains=trains)
     assert found == Times("cudnn", gpu.takes)
@@ -207,7 +211,105 @@ def test_does_not_touch_random_numbers(gpu):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_measures_on_gpus_alone(device, free):
-    assert fastest(*(x.to(device) for x in states()), is_causal=True, trains=True) is None
+    inputs = [x.to(device) for x in states()]
+    assert fastest(*inputs, is_causal=True, trains=True) is None
+    load(*inputs, is_causal=True, trains=True)
+    assert not _sdpa_times._loading
+
+
+@pytest.fixture
+def loaded(gpu, monkeypatch):
+    """The kernels that ran forward, and whether in another thread."""
+    ran, forward = [], _sdpa_times.forward
+
+    def listening(*args):
+        ran.append((args[-1], threading.current_thread() is not threading.main_thread()))
+        return forward(*args)
+
+    monkeypatch.setattr(_sdpa_times, "forward", listening)
+    return ran
+
+
+def load_and_wait(**options):
+    load(*states(), **{"is_causal": True, "trains": True, **options})
+    wait_until_loaded()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@each_mask
+def test_loads_each_kernel_once_in_a_thread(loaded, gpu, mask, trains):
+    load_and_wait(mask=mask, is_causal=mask is None, trains=trains)
+    assert sorted(loaded) == [(name, True) for name in ("cudnn", "efficient", "flash")]
+    assert gpu.files() == []
+    assert not gpu.runs
+
+
+def test_loads_nothing_twice(loaded):
+    for _ in range(4):
+        load(*states(), is_causal=True, trains=True)
+    wait_until_loaded()
+    assert len(loaded) == 3
+    choose()
+    loaded.clear()
+    load_and_wait()
+    assert loaded == []
+
+
+def test_loads_what_an_earlier_process_chose(loaded, gpu):
+    choose()
+    gpu.restart()
+    loaded.clear()
+    load_and_wait()
+    assert loaded == [("cudnn", True)]
+    assert choose() == Times("cudnn", gpu.takes)
+
+
+def test_measures_when_all_is_loaded(loaded, gpu, monkeypatch):
+    free = threading.Event()
+    kernels, milliseconds = _sdpa_times._with_kernels, _sdpa_times._milliseconds
+
+    def held(*args):
+        if threading.current_thread() is not threading.main_thread():
+            assert free.wait(60)
+        return kernels(*args)
+
+    def checked(*args):
+        assert not _sdpa_times._loading
+        assert len([name for name, in_thread in loaded if in_thread]) == 3
+        return milliseconds(*args)
+
+    monkeypatch.setattr(_sdpa_times, "_with_kernels", held)
+    monkeypatch.setattr(_sdpa_times, "_milliseconds", checked)
+    load(*states(), is_causal=True, trains=True)
+    threading.Timer(0.2, free.set).start()
+    assert choose() == Times("cudnn", gpu.takes)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), TypeError("no such kernel")])
+def test_what_cannot_be_loaded_is_of_no_importance(gpu, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_sdpa_times, "forward", fails)
+        load_and_wait()
+    assert choose() == Times("cudnn", gpu.takes)
+
+
+def test_loads_nothing_where_memory_is_short(loaded, gpu):
+    gpu.memory = 1 << 10
+    load_and_wait()
+    assert loaded == []
+
+
+def test_loading_does_not_touch_random_numbers(gpu):
+    inputs = states()
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    load(*inputs, is_causal=True, trains=True)
+    wait_until_loaded()
+    assert torch.equal(torch.rand(3), wanted)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import graphfuse
-from graphfuse import policy
+from graphfuse import backend, policy
 from graphfuse.kernels import _sdpa_times
 from graphfuse.kernels._sdpa_times import Times
 from graphfuse.patterns import _attention_kernels
@@ -66,6 +66,54 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(_attention_kernels, "fastest", fastest)
     return asked
+
+
+@pytest.fixture
+def order(monkeypatch, measured):
+    """What happens around a choice, in its order."""
+    happened = []
+
+    def noted(module, name, note):
+        function = getattr(module, name)
+
+        def noting(*args, **options):
+            happened.append(note(*args))
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, noting)
+
+    noted(_attention_kernels, "load", lambda *_: "load")
+    noted(_attention_kernels, "fastest", lambda *_: "choose")
+    noted(backend, "certify", lambda match, _: f"prove {match.pattern}")
+    noted(backend, "wait_until_loaded", lambda: "wait")
+    return happened
+
+
+def normed(q, k, v):
+    return F.rms_norm(dropped(q, k, v), (D,), eps=1e-6)
+
+
+@pytest.mark.parametrize("fn", [normed, padded, padded_by_hand])
+def test_loads_kernels_before_it_proves_and_chooses(fn, order, verify):
+    more = (PADDING,) if fn is not normed else ()
+    verify(fn, (*inputs(), *more))
+    ways = 1 + len(more)  # the causal kernel, and the one that reads the mask
+    assert order == ["load", *(["prove rms_norm"] if fn is normed else []), *["choose"] * ways, "wait"]
+
+
+def test_loads_nothing_where_nothing_is_chosen(order, verify):
+    verify(normed, inputs(), policy="always")
+    assert order == ["wait"]
+
+
+def test_waits_for_what_is_loaded_whatever_happens(order, verify, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no rewrite")
+
+    monkeypatch.setattr(backend, "gather", fails)
+    with pytest.raises(RuntimeError, match="no rewrite"):
+        verify(dropped, inputs())
+    assert order == ["load", "choose", "wait"]
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])

@@ -1,10 +1,12 @@
 """grouped_attention against its reference, and no worse than attention over repeated keys."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from graphfuse.kernels import _op, _split_attention_kernel
+from graphfuse.kernels import _op, _sdpa_times, _split_attention_kernel
 from graphfuse.kernels._split_attention_kernel import plan_splits
 from graphfuse.kernels.grouped_attention import grouped_attention, grouped_attention_reference
 from graphfuse.testing import assert_no_worse
@@ -202,6 +204,30 @@ def test_split_and_inductor(path, device, dtype):
     sizes = SIZES["a cache"]
     given = (*states(device, dtype, sizes), mask_of("bool", device, dtype, sizes))
     torch.testing.assert_close(torch.compile(split, fullgraph=True)(*given), eager(*given))
+
+
+@pytest.mark.parametrize("mask", [None, torch.zeros(1, 9).bool(), torch.full((1, 9), -torch.inf)])
+def test_ways_are_timed_with_nothing_hidden(mask, monkeypatch, tmp_path):
+    """And the answer is kept, as that of PyTorch's kernels is: tests/kernels/test_sdpa_times.py."""
+    takes = {"written": 2.0, "split": 1.0}
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(_sdpa_times, "may_choose", lambda: True)
+    for name, answer in {"_is_measurable": True, "_machine": {}, "_free_memory": 1 << 40}.items():
+        monkeypatch.setattr(_sdpa_times, name, lambda _, answer=answer: answer)
+    monkeypatch.setattr(_sdpa_times, "_milliseconds", lambda run, _: takes[run.args[0]])
+
+    def way(query, key, value, seen, scale):
+        assert mask is seen is None or (seen.float().exp() >= 1).all()
+        return eager(query, key, value, seen)
+
+    given = states("cpu", torch.float32, (1, 4, 2, 1, 9, 16, 16))
+    for _ in range(2):
+        monkeypatch.setattr(_sdpa_times, "_known", {})
+        options = {"is_causal": False, "trains": False, "ways": {"written": way, "split": way}}
+        found = _sdpa_times.fastest(*given, mask, **options)
+        assert found == _sdpa_times.Times("split", {"written": 2.0, "split": 1.0})
+        takes = {"written": 1.0, "split": 0.99}  # of which nothing is asked
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -156,30 +156,6 @@ def test_leaves_out_a_kernel_that_computes_something_else(gpu):
     assert choose() == Times("flash", {"flash": 2.0, "efficient": 3.0})
 
 
-@pytest.mark.parametrize("mask", [None, torch.zeros(B, 1, 1, S).bool(), torch.full((1, S), -torch.inf)])
-def test_times_other_ways_with_nothing_hidden(gpu, mask):
-    """Forward alone, the first one staying unless another is faster by more than noise."""
-    masks = []
-
-    def way(query, key, value, mask, scale):
-        masks.append(mask)
-        return _sdpa_launch.attend(query, key, value, mask, False, scale)[0]
-
-    def ask():
-        return fastest(*states(), mask, is_causal=False, trains=False, ways={"written": way, "split": way})
-
-    gpu.takes = {"written": 2.0, "split": 1.0}
-    found = ask()
-    assert found == Times("split", gpu.takes)
-    assert all(seen is None if mask is None else (seen.float().exp() >= 1).all() for seen in masks)
-    gpu.restart()
-    gpu.takes = {"written": 1.0, "split": 0.99}
-    assert ask() == found  # kept
-    gpu.files()[0].unlink()
-    gpu.restart()
-    assert ask() == Times("written", gpu.takes)
-
-
 def test_measures_nothing_where_memory_is_short(gpu):
     gpu.memory = 1 << 10
     assert choose() is None

@@ -275,7 +275,11 @@ def _rewrite_shadow(
             refusal = _uncapturable(match, config) or left_to_inductor(match, config)
             with _uncounted(pattern):
                 with shadow.without_guards(), dynamo_timed("graphfuse.choose"):
-                    chosen = settled(match, shadow) if chooses and refusal is None else match
+                    settlement = settled(match, shadow) if chooses and refusal is None else match
+                if settlement is match and match.needs_choice:
+                    continue
+                refusal = settlement if isinstance(settlement, Refusal) else refusal
+                chosen = settlement if isinstance(settlement, Match) else match
                 with shadow.without_guards(), dynamo_timed("graphfuse.evidence"):
                     evidence = gather(chosen, shadow, pattern.why)
                 refusal = refusal or rewrite(chosen, shadow)

@@ -61,8 +61,9 @@ class Match:
         frees: what the region keeps for backward and the replacement need not: "activations", "logits", or "" if
             that is not known.
         choose: measures what only measuring can decide, such as which of several kernels runs at this size; `None`
-            where there is nothing to choose. With `ahead=True` it decides nothing, and has started in the background
-            what it would wait for.
+            where there is nothing to choose, a refusal where the code as it is is the fastest. With `ahead=True` it
+            decides nothing, and has started in the background what it would wait for.
+        needs_choice: whether only what measuring chooses is worth a rewrite; without a choice the site is left alone.
         implementation: for people: in which implementation the kernel runs, if not in Triton.
         stored: an input that exists in memory for the replacement's sake alone: Inductor would compute it where the
             region reads it.
@@ -84,7 +85,8 @@ class Match:
     formula: str = ""
     rounding: str = ""
     frees: Literal["activations", "logits", ""] = "activations"
-    choose: Callable[..., Choice | None] | None = None
+    choose: Callable[..., Choice | Refusal | None] | None = None
+    needs_choice: bool = False
     implementation: str = ""
     stored: Value | None = None
 

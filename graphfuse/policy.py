@@ -79,11 +79,13 @@ def may_choose(graph_module: fx.GraphModule, config: Config) -> bool:
     )
 
 
-def settled(match: Match, shadow: Shadow) -> Match:
-    """The match with what measuring chooses, if that is proved as well."""
+def settled(match: Match, shadow: Shadow) -> Match | Refusal:
+    """The match with what measuring chooses, if that is proved as well; or why the code is left as it is."""
     choice = None if match.choose is None else match.choose()
     if choice is None:
         return match
+    if isinstance(choice, Refusal):
+        return choice
     chosen = replace(
         match,
         params={**match.params, **choice.params},

@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels for scaled dot-product attention is fastest at a size, measured on this GPU.
+"""Which kernel for scaled dot-product attention is fastest at a size, measured on this GPU.
 
 Measured once: the answer is kept in a file beside torch's caches, the first one for all processes, so that all go the
 same way and a later one measures nothing.
@@ -20,8 +20,8 @@ import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,6 +63,10 @@ class Like(NamedTuple):
         return math.prod(self.shape)
 
 
+# Attention without a gradient, of query, key, value, mask and scale.
+Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
 @dataclass(frozen=True)
 class Call:
     """What is measured."""
@@ -74,6 +78,7 @@ class Call:
     mask: Like | None
     is_causal: bool
     trains: bool
+    ways: Mapping[str, Way] | None = None
 
     def described(self) -> dict[str, Any]:
         """All that the answer depends on."""
@@ -88,6 +93,7 @@ class Call:
             "mask": None if self.mask is None else [str(self.mask.dtype), list(self.mask.shape)],
             "is_causal": self.is_causal,
             "trains": self.trains,
+            **({} if self.ways is None else {"ways": list(self.ways)}),
         }
 
 
@@ -96,7 +102,14 @@ _loading: dict[str, threading.Thread] = {}
 
 
 def fastest(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool, trains: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    *,
+    is_causal: bool,
+    trains: bool,
+    ways: Mapping[str, Way] | None = None,
 ) -> Times | None:
     """The kernel for tensors like these, which may be fake; `None` where there is nothing to choose.
 
@@ -107,19 +120,23 @@ def fastest(
         mask: broadcastable to (B, H, S, T), bool or floating.
         is_causal: whether position s sees keys 0 to s; then there is no mask.
         trains: whether forward and backward count, or forward alone.
+        ways: what is timed in the place of PyTorch's kernels, by name, forward alone and with nothing hidden; the first
+            stays unless another is faster by more than noise.
     """
     call = _call(query, key, value, mask, is_causal, trains)
     if call is None:
         return None
+    call = replace(call, ways=ways)
+    names = KERNELS if ways is None else ways
     described = call.described()
     name = _name(described)
     if name not in _known:
         file = _file(name)
-        found = _read(file)
+        found = _read(file, names)
         if found is None:
             wait_until_loaded()  # what is loaded takes time of the GPU, too
             found = _measure(call)
-        _known[name] = _keep(file, found, described) if found is not None else None
+        _known[name] = _keep(file, found, described, names) if found is not None else None
     return _known[name]
 
 
@@ -249,6 +266,12 @@ def _triangle(like: Like, device: torch.device) -> Tensor:
     return seen.expand(like.shape)
 
 
+def _open(like: Like, device: torch.device) -> Tensor:
+    """A mask of this kind that hides nothing: some ways read no more than is seen, which may be all that there is."""
+    kept = torch.ones if like.dtype == torch.bool else torch.zeros
+    return kept(like.shape, dtype=like.dtype, device=device)
+
+
 Run = Callable[[], tuple[Tensor, ...]]
 
 
@@ -256,6 +279,8 @@ def _runs(call: Call) -> dict[str, Run]:
     """Every kernel that takes the call, PyTorch's own choice first."""
     generator = torch.Generator(call.device).manual_seed(0)
     query, key, value = (_random(like, call.device, generator) for like in (call.query, call.key, call.value))
+    if call.ways is not None:
+        return _runs_of(call.ways, query, key, value, None if call.mask is None else _open(call.mask, call.device))
     mask = None if call.mask is None else _triangle(call.mask, call.device)
     is_causal, scale = call.is_causal, query.shape[-1] ** -0.5
     grad = fake_forward(query, value)[0].normal_(generator=generator)
@@ -272,6 +297,13 @@ def _runs(call: Call) -> dict[str, Run]:
     own = backend("")
     names = [name for name in KERNELS if backend(name) == KERNELS[name]]
     return {name: functools.partial(run, name) for name in sorted(names, key=lambda name: KERNELS[name] != own)}
+
+
+def _runs_of(ways: Mapping[str, Way], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> dict[str, Run]:
+    def run(name: str) -> tuple[Tensor, ...]:
+        return (ways[name](query, key, value, mask, query.shape[-1] ** -0.5),)
+
+    return {name: functools.partial(run, name) for name in ways}
 
 
 def _compare(runs: dict[str, Run]) -> Times | None:
@@ -319,7 +351,7 @@ def _file(name: str) -> Path | None:
     return None if config.force_disable_caches else Path(cache_dir()) / "graphfuse" / "attention" / f"{name}.json"
 
 
-def _read(file: Path | None) -> Times | None:
+def _read(file: Path | None, names: Container[str] = KERNELS) -> Times | None:
     if file is None:
         return None
     try:
@@ -327,10 +359,10 @@ def _read(file: Path | None) -> Times | None:
         found = Times(str(kept["fastest"]), {str(name): float(ms) for name, ms in kept["milliseconds"].items()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not ours
         return None
-    return found if found.fastest in KERNELS else None
+    return found if found.fastest in names else None
 
 
-def _keep(file: Path | None, found: Times, described: dict[str, Any]) -> Times:
+def _keep(file: Path | None, found: Times, described: dict[str, Any], names: Container[str] = KERNELS) -> Times:
     """Write what was found, unless another process was first: then that is the answer here, too."""
     if file is None:
         return found
@@ -340,7 +372,7 @@ def _keep(file: Path | None, found: Times, described: dict[str, Any]) -> Times:
         with tempfile.NamedTemporaryFile("w", dir=file.parent, encoding="utf-8") as own:
             own.write(text)
             own.flush()
-            if file.exists() and _read(file) is None:  # damaged
+            if file.exists() and _read(file, names) is None:  # damaged
                 file.unlink(missing_ok=True)
             os.link(own.name, file)
-    return _read(file) or found
+    return _read(file, names) or found

@@ -1,4 +1,4 @@
-"""Which of PyTorch's attention kernels a site calls: the one that was measured to be the fastest at its size."""
+"""Which attention kernel a site calls: the one that was measured to be the fastest at its size."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
-from graphfuse.kernels._sdpa_times import Times, fastest, load
-from graphfuse.match import Choice
+from graphfuse.kernels import _op
+from graphfuse.kernels._sdpa_kernel import may_choose
+from graphfuse.kernels._sdpa_times import MARGIN, Times, fastest, load
+from graphfuse.kernels.grouped_attention import grouped_attention
+from graphfuse.match import Choice, Refusal
+from graphfuse.policy import ALWAYS
 from graphfuse.shadow import Value
 
-NAMES = {"flash": "flash attention", "cudnn": "cuDNN", "efficient": "memory-efficient attention"}
+NAMES = {
+    "flash": "flash attention",
+    "cudnn": "cuDNN",
+    "efficient": "memory-efficient attention",
+    "split": "split keys",
+    "rows": "queries as rows",
+    "written": "the code as it is",
+}
+FEW_ROWS, MANY_KEYS = 16, 512  # where keys are split without a measurement: a program's queries, several programs' keys
 
 States = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
@@ -51,7 +64,85 @@ def choose_kernels(states: States, mask: Callable[[], Tensor], *, trains: bool, 
 
 
 def _told(found: Times, trains: bool) -> str:
+    return f"in PyTorch's {NAMES[found.fastest]}, {_measured(found, trains)}"
+
+
+def _measured(found: Times, trains: bool = False) -> str:
     times = sorted(found.milliseconds.items(), key=lambda item: item[1])
-    measured = ", ".join(f"{NAMES[name]} {ms:.3g} ms" for name, ms in times)
     what = "forward and backward" if trains else "forward"
-    return f"in PyTorch's {NAMES[found.fastest]}, measured {what}: {measured}"
+    return f"measured {what}: " + ", ".join(f"{NAMES[name]} {ms:.3g} ms" for name, ms in times)
+
+
+def may_split(query: Value, *others: Value) -> bool:
+    """Whether keys can be split: on a GPU, without a gradient."""
+    return _op.launches(*(value.tensor for value in (query, *others) if value.dtype.is_floating_point))
+
+
+def should_split(query: Value, key: Value) -> bool:
+    """Whether to split them where nothing can be measured, but may be chosen."""
+    is_small = query.shape[1] // key.shape[1] * query.shape[2] <= FEW_ROWS
+    return is_small and key.shape[2] >= MANY_KEYS and may_choose()
+
+
+def choose_way(
+    anchor: Value,
+    states: tuple[Value, Value, Value],
+    mask: Value | None,
+    *,
+    knows_groups: bool,
+    scale: float,
+    ahead: bool = False,
+) -> Choice | Refusal | None:
+    """The argument `kernel` of attention of one query for each head, or that the code as it is is faster.
+
+    Args:
+        anchor: the attention.
+        states: query, key and value, these with as many heads as there are groups.
+        mask: if there is one.
+        knows_groups: whether the code hands such keys and values over, and does not repeat them.
+        scale: set along with the kernel.
+        ahead: start nothing, and decide nothing: a kernel of Triton's is not launched in a thread beside others.
+    """
+    if ahead:
+        return None
+    query, key, value = states
+    ways = {"written": _told_of_groups if knows_groups else _repeated, "rows": _as_rows, "split": _split}
+    if query.shape[1] == key.shape[1]:
+        del ways["rows"]  # is what is written
+    tensors = (query.tensor, key.tensor, value.tensor, None if mask is None else mask.tensor)
+    found = fastest(*tensors, is_causal=False, trains=False, ways=ways)
+    if found is None:
+        splits = {"kernel": "split", "scale": scale}
+        why = "in Triton, for few queries of many keys, not measured"
+        return Choice(splits, f"by {NAMES['split']}", why) if should_split(query, key) else None
+    if found.fastest == "written":
+        took = found.milliseconds["written"]
+        best = min((ms for name, ms in found.milliseconds.items() if name != "written"), default=float("inf"))
+        reason = (
+            f"cost: expected less than {took / MARGIN:.3g} ms, as the code as it is takes {took:.3g}, got {best:.3g}"
+        )
+        return Refusal("grouped_attention", anchor, reason, {"grouped_attention": 1}, ALWAYS)
+    kernel = "split" if found.fastest == "split" else ""
+    where = "in Triton" if kernel else "in PyTorch's own kernel"
+    return Choice({"kernel": kernel, "scale": scale}, f"by {NAMES[found.fastest]}", f"{where}, {_measured(found)}")
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    heads = query.shape[1]
+    key, value = (
+        states.unsqueeze(2).expand(-1, -1, heads // states.shape[1], -1, -1).reshape(-1, heads, *states.shape[2:])
+        for states in (key, value)
+    )
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+
+def _told_of_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _as_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return grouped_attention(query, key, value, mask, scale=scale)
+
+
+def _split(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    return grouped_attention(query, key, value, mask, scale=scale, kernel="split")

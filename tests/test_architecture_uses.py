@@ -7,9 +7,13 @@ import torch
 import transformers
 
 import graphfuse
+from graphfuse.kernels import _op
+from graphfuse.kernels._triton import HAS_TRITON
+from graphfuse.patterns import _attention_kernels
 from tests.tiny import HEAD, LAZY_HEAD, SLACK, assert_close, assert_complete, batch, build, error, loss_of, step
 
 BOTH = pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 NEW_TOKENS = 4  # the second of a dynamic cache makes its length a symbol
 
 # Dynamo asks every input of a later graph for its gradient.
@@ -49,6 +53,22 @@ def test_generates(name, cache, optimize):
     report = graphfuse.report(compiled)
     assert_complete(report, name)
     assert "grouped_attention" in report.counts  # both have fewer heads of keys
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "cache"), [("llama", "static"), ("gemma3_text", "dynamic")])
+def test_generates_with_split_keys(name, cache, optimize, monkeypatch):
+    """As on a GPU where nothing can be measured, but for what its kernels run in."""
+    monkeypatch.setattr(_op, "launches", lambda *operands: _op.compute_dtype(*operands) == torch.float32)
+    monkeypatch.setattr(_attention_kernels, "MANY_KEYS", 1)
+    model, compiled = build(name).eval(), optimize(build(name).eval(), patterns=["grouped_attention"])
+    options = {"cache_implementation": cache, "disable_compile": True}
+    tokens, logits = generated(model, **options)
+    ours, our_logits = generated(compiled, **options)
+    assert torch.equal(ours, tokens)
+    torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-5)
+    sites = graphfuse.report(compiled).rewritten
+    assert {site.params["kernel"] for site in sites} == {"split"}
 
 
 def test_generates_where_transformers_compiles(optimize):

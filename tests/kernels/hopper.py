@@ -23,6 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
+# Features, heads of queries, dtype and mask of attention of one query over 8 heads of keys.
+SPLIT = [
+    (64, 32, torch.bfloat16, "keys"),
+    (128, 32, torch.bfloat16, "keys"),
+    (128, 8, torch.bfloat16, "none"),
+    (256, 32, torch.bfloat16, "keys"),
+    (128, 512, torch.bfloat16, "heads"),
+    (128, 32, torch.float32, "keys"),
+]
 SHARED_MEMORY = 232448  # bytes that a block of an H200 may have
 MULTIPROCESSORS = 132
 
@@ -92,12 +101,20 @@ class Hopper(DriverBase):
 
 def pretend() -> Hopper:
     """Have kernels compiled and launched for a GPU that is not there, of tensors on the CPU."""
-    from graphfuse.kernels import _norm_rope_launch, _op, _parts, _rms_norm_kernel, layer_norm, rms_norm
+    from graphfuse.kernels import (
+        _norm_rope_launch,
+        _op,
+        _parts,
+        _rms_norm_kernel,
+        _split_attention_kernel,
+        layer_norm,
+        rms_norm,
+    )
 
     hopper = Hopper()
     driver.set_active(hopper)
     _op.launches = lambda *operands: _op.compute_dtype(*operands) == torch.float32
-    for module in (_norm_rope_launch, _rms_norm_kernel, layer_norm, rms_norm):
+    for module in (_norm_rope_launch, _rms_norm_kernel, _split_attention_kernel, layer_norm, rms_norm):
         module.num_sms = lambda _: MULTIPROCESSORS
     _parts.can_overlap = lambda _: True
     return hopper
@@ -119,6 +136,16 @@ def _rotate_pairs() -> None:
     dtypes = (torch.bfloat16, torch.bfloat16)
     _pairs._norm_rope(q, weight, k, weight, *shared, *dtypes, *rotation, -1, torch.bfloat16)
     _pairs._norm_rope_backward(q, q, weight, k, k, weight, *shared, *rotation, -1, True)
+
+
+def _split_keys(features: int, heads: int, dtype: torch.dtype, kind: str) -> None:
+    """One query over a cache."""
+    from graphfuse.kernels.grouped_attention import grouped_attention
+
+    sizes = (1, heads, 1, features), (1, 8, 4112, features), (1, 8, 4112, features)
+    masks = {"none": None, "keys": (1, 1, 1, 4112), "heads": (1, heads, 1, 4112)}
+    mask = None if masks[kind] is None else torch.empty(masks[kind], dtype=torch.bool)
+    grouped_attention(*(torch.empty(size, dtype=dtype) for size in sizes), mask, scale=0.1, kernel="split")
 
 
 def main() -> None:
@@ -147,6 +174,12 @@ def main() -> None:
     hopper.launched.clear()
     _rotate_pairs()
     print(json.dumps({"case": "pairs 4x4096x(32+8)x128", "launched": hopper.launched, "compiled": hopper.compiled}))
+    for features, heads, dtype, kind in SPLIT:
+        hopper.compiled.clear()
+        hopper.launched.clear()
+        _split_keys(features, heads, dtype, kind)
+        case = f"split keys {features} features, {heads} heads, {dtype}, mask of {kind}"
+        print(json.dumps({"case": case, "launched": hopper.launched, "compiled": hopper.compiled}), flush=True)
     binaries: set[bytes] = set()
     new = []
     for tokens in (6, 64, 4096):  # a proof's, and two lengths

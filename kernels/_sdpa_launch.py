@@ -133,7 +133,8 @@ def fitted(
         key, value = _repeat(key, query), _repeat(value, query)
         backend = sdpa_kernel(query, key, value, mask, is_causal, scale, wanted)
     if backend == SDPBackend.CUDNN_ATTENTION:
-        query, key, value = (_heads_within_tokens(states) for states in (query, key, value))
+        gaps = mask is None  # with one, nobody has looked
+        query, key, value = (_heads_within_tokens(states, gaps=gaps) for states in (query, key, value))
     return backend, query, key, value
 
 
@@ -226,15 +227,15 @@ def _bias(mask: Tensor | None, query: Tensor, backend: SDPBackend) -> Tensor | N
     return bias.view(*(1,) * (4 - bias.dim()), *bias.shape)
 
 
-def _heads_within_tokens(states: Tensor) -> Tensor:
+def _heads_within_tokens(states: Tensor, *, gaps: bool = False) -> Tensor:
     """The states (B, H, S, D) as they come out of a linear layer, (B, S, H, D) in memory; or what is cut out of such.
 
     The one order in which cuDNN's backward is right whatever that of the result's gradient: where the queries have
     another one than the result or its gradient, it returns wrong gradients (torch 2.11, also under PyTorch's own call).
-    Gaps between tokens, where queries, keys and values are packed, are no matter.
+    Gaps between tokens, where queries, keys and values are packed, are no matter: they may stay.
     """
     tokens = states.transpose(1, 2)
-    return states if _is_in_order(tokens) else tokens.contiguous().transpose(1, 2)
+    return states if gaps and _is_in_order(tokens) else tokens.contiguous().transpose(1, 2)
 
 
 def _is_in_order(tokens: Tensor) -> bool:

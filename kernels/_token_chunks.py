@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graphfuse.kernels._early import UNKNOWN, received, send
 from graphfuse.kernels._low_rank import LowRank
-from graphfuse.kernels._op import compute_dtype
+from graphfuse.kernels._op import VECTOR_BYTES, compute_dtype
 from graphfuse.kernels._rows import put_rows_
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
@@ -30,7 +30,7 @@ from graphfuse.kernels._softmax_grad import (
     softmax_grad_reference,
     softmax_grad_triton,
 )
-from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, power_of_two, splits, weight_grad, whole_loads
+from graphfuse.kernels._weight_grad import HalfSum, WideSum, matmul_into, power_of_two, weight_grad, whole_loads
 
 # 2048 tokens of 128256 bf16 classes: there an H200 takes 1.09 times the three GEMMs, and larger chunks gain nothing.
 GPU_LOGITS_BYTES = 2**29
@@ -228,7 +228,7 @@ def run_chunks(
 def _row(weight: Tensor, bias: Tensor | None) -> int:
     """How many logits a row has room for: with a bias no more than there are, see `_linear_into`."""
     vocab = weight.shape[0]
-    is_dense = bias is not None and splits(weight) and len(whole_loads(vocab, weight)) == 1
+    is_dense = bias is not None and weight.is_cuda and vocab * weight.element_size() % VECTOR_BYTES == 0
     return vocab if is_dense else -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -246,10 +246,14 @@ def _linear_into(logits: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 
 def _hidden_grad_into(out: Tensor, grad: Tensor, weight: Tensor) -> None:
-    *most, last = whole_loads(weight.shape[0], weight)
-    matmul_into(out, grad[:, last], weight[last])
-    for classes in most:  # after the few, whose rounding nobody sees
-        matmul_into(out, grad[:, classes], weight[classes], accumulate=True)
+    """Write the gradient of the hidden states, rounded once: cuBLAS rounds what it adds to a sum in half precision."""
+    first, *others = whole_loads(weight.shape[0], weight)
+    total = torch.empty_like(out, dtype=compute_dtype(out)) if others else out
+    matmul_into(total, grad[:, first], weight[first])
+    for classes in others:
+        matmul_into(total, grad[:, classes], weight[classes], accumulate=True)
+    if total is not out:
+        out.copy_(total)
 
 
 def check_targets(target: Tensor, vocab: int, factors: Factors) -> None:

@@ -20,11 +20,14 @@ from torch.utils._pytree import tree_map
 
 from graphfuse.certify import certify
 from graphfuse.match import Match, Refusal, unreachable
+from graphfuse.overwrite import name_of
 from graphfuse.shadow import LEAF, Shadow, Value, bodies_of, hint, operands_of, storage_key
 
 TAKE_APART = "call the operations that it is made of one by one"
 ONE_MODE = "compute all of it inside the no_grad block, or all of it outside"
 NEW_TENSOR = "make a new tensor instead of changing one in place: x = x + y, not x += y"
+# They take tensors of any strides, and those of what they return are their own.
+ANY_LAYOUT = {"graphfuse::attention", "graphfuse::causal_attention"}
 IN_ORDER = "compute it before the results that are used together with it"
 
 
@@ -154,7 +157,9 @@ def _node_for(value: Value, shadow: Shadow) -> fx.Node:
 
 
 def _same_layout(proxy: fx.Proxy, node: fx.Node, value: Value) -> fx.Proxy:
-    """Give the result the strides that later views of it count on."""
+    """Give the result the strides that later views of it count on, if there are any."""
+    if node.users and all(name_of(user) in ANY_LAYOUT for user in node.users):
+        return proxy
     example = node.meta.get("example_value", value.tensor)
     order = _stride_order(example)
     ours = _stride_order(_fake_result(proxy, example))

@@ -13,6 +13,7 @@ from graphfuse.kernels._sdpa_times import Times
 from graphfuse.patterns import _attention_kernels
 
 B, HEADS, GROUPS, S, D = 2, 4, 2, 9, 16
+COS, SIN = torch.randn(2, S, D)
 CAUSAL = Times("cudnn", {"flash": 2.944, "cudnn": 2.131, "efficient": 5.4})
 MASKED = Times("efficient", {"cudnn": 9.21, "efficient": 7.0})
 PADDING = torch.ones(B, S, dtype=torch.int64)
@@ -91,6 +92,37 @@ def order(monkeypatch, measured):
 
 def normed(q, k, v):
     return F.rms_norm(dropped(q, k, v), (D,), eps=1e-6)
+
+
+def turned(x):
+    """Rotated, all features joined anew: heads outside the tokens in memory, wherever they were."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([x * COS + torch.cat([-second, first], -1) * SIN, x[..., D:]], -1)
+
+
+def of_packed(packed):
+    """Queries, keys and values are parts of one tensor, (B, S, 3 * HEADS * D)."""
+    q, k, v = (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in packed.chunk(3, -1))
+    return F.scaled_dot_product_attention(turned(q), turned(k), v, attn_mask=triangle(q))
+
+
+def of_packed_and_seen(packed):
+    """The same, and the caller looks at the rotated queries through a view."""
+    q, k, v = (part.unflatten(-1, (HEADS, D)).transpose(1, 2) for part in packed.chunk(3, -1))
+    q = turned(q)
+    return F.scaled_dot_product_attention(q, turned(k), v, attn_mask=triangle(q)), q.view(B, -1)
+
+
+@pytest.mark.parametrize(("fn", "copies"), [(of_packed, 0), (of_packed_and_seen, 1)])
+def test_states_are_copied_into_no_layout_that_nobody_counts_on(fn, copies, measured, verify, monkeypatch):
+    graphs = []
+    compile_inner = backend.compile_inner
+    monkeypatch.setattr(backend, "compile_inner", lambda gm, *args: graphs.append(gm) or compile_inner(gm, *args))
+    report = verify(fn, (torch.randn(B, S, 3 * HEADS * D, requires_grad=True),))
+    assert report.counts == {"causal_attention": 1, "rope": 2}
+    rotated = graphs[0].graph.find_nodes(op="call_function", target=torch.ops.graphfuse.rope.default)
+    assert len(rotated) == 2
+    assert sum(user.target == "contiguous" for node in rotated for user in node.users) == copies
 
 
 @pytest.mark.parametrize("fn", [normed, padded, padded_by_hand])

@@ -26,9 +26,10 @@ from graphfuse.shadow import LEAF, Shadow, Value, bodies_of, hint, operands_of, 
 TAKE_APART = "call the operations that it is made of one by one"
 ONE_MODE = "compute all of it inside the no_grad block, or all of it outside"
 NEW_TENSOR = "make a new tensor instead of changing one in place: x = x + y, not x += y"
-# They take tensors of any strides, and those of what they return are their own.
-ANY_LAYOUT = {"graphfuse::attention", "graphfuse::causal_attention"}
 IN_ORDER = "compute it before the results that are used together with it"
+
+# They take states in any order of dims, and that of what they return is their own.
+ANY_LAYOUT = {"graphfuse::attention", "graphfuse::causal_attention"}
 
 
 def obstacle(match: Match, shadow: Shadow) -> Refusal | None:

@@ -19,7 +19,7 @@ from graphfuse.kernels._triton import launch, tl, triton
 TILE = 4096  # elements of a program at most, 32 to a thread
 # Heads of a program, at most, and as many tokens as there is room for. A thread has the same features of all of these
 # heads, so that their entries of the tables, and of the weight, are in its registers once.
-HEADS = {"forward": 2, "backward": 2}
+HEADS = 2
 MAX_ACROSS = 8192  # features of all heads together that a program holds
 # Programs of backward that a multiprocessor has registers for, and of what takes more: two tensors, or all heads.
 PER_SM, PER_SM_LARGE = 3, 2
@@ -62,8 +62,7 @@ def plan_launch(
         if walk is None:
             return None
         if across < 0:
-            most = HEADS["backward" if backward else "forward"]
-            block_h = heads_per_program(walk.heads, min(most, _power_of_two_below(TILE // width)))
+            block_h = heads_per_program(walk.heads, min(HEADS, _power_of_two_below(TILE // width)))
         elif fits_across(walk.heads, features, 2 * pairs):
             block_h = _power_of_two_above(walk.heads)
         else:

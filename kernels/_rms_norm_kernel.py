@@ -34,7 +34,6 @@ BACKWARD = {1024: (2, 4, 4), 2048: (2, 4, 2), 4096: (1, 8, 2), 8192: (1, 16, 1),
 WIDE_BLOCK = 8192
 # Backward loads the rows of so many turns of its loop, less one, ahead.
 STAGES = 3
-# Of a program that adds parts: 128 bytes of a row, eight 16-byte loads of a thread at a time.
 
 INTERPRETER_SMS = 3  # more than one, and not a power of two
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from graphfuse.kernels._ahead import address
 from graphfuse.kernels._op import VECTOR_BYTES
 from graphfuse.kernels._sdpa_kernel import sdpa_kernel
 
@@ -248,7 +249,7 @@ def _is_in_order(tokens: Tensor) -> bool:
             if stride < extent or stride * tokens.element_size() % VECTOR_BYTES:
                 return False
             extent = size * stride
-    return last == 1 and tokens.data_ptr() % VECTOR_BYTES == 0
+    return last == 1 and address(tokens) % VECTOR_BYTES == 0
 
 
 def _lse_dtype(query: Tensor) -> torch.dtype:

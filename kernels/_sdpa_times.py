@@ -34,7 +34,7 @@ from graphfuse.kernels._sdpa_launch import backward, fake_forward, fitted, forwa
 
 log = logging.getLogger("graphfuse")
 
-FORMAT = 1  # of the files; goes up when what is measured changes
+FORMAT = 2  # of the files; goes up when what is measured changes
 REPEATS = 7
 QUEUE = 4_000_000  # cycles that the GPU waits first, so that the host is ahead of it: its time is not the kernel's
 SLOW = 1.5  # times as slow as the best so far, once, is not measured again
@@ -93,7 +93,7 @@ class Call:
             "mask": None if self.mask is None else [str(self.mask.dtype), list(self.mask.shape)],
             "is_causal": self.is_causal,
             "trains": self.trains,
-            **({} if self.ways is None else {"ways": list(self.ways)}),
+            **({} if self.ways is None else {"ways": list(self.ways), "kernels": _kernels()}),
         }
 
 
@@ -140,15 +140,13 @@ def fastest(
     return _known[name]
 
 
-def load(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool, trains: bool
-) -> None:
+def load(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, trains: bool) -> None:
     """Start to run each kernel once that `fastest` would measure for these; if it is known which is, that one.
 
     In a thread, whose tensors, stream and random numbers are its own. Somebody has to wait for it: a graph that is
     captured meanwhile may hear of its allocations.
     """
-    call = _call(query, key, value, mask, is_causal, trains)
+    call = _call(query, key, value, None, is_causal, trains)
     if call is None:
         return
     name = _name(call.described())
@@ -161,7 +159,7 @@ def load(
 
 def wait_until_loaded() -> None:
     """Wait until what was to be loaded is."""
-    for thread in _loading.values():
+    for thread in list(_loading.values()):
         thread.join()  # at once, in the child of a fork, which has no such thread
     _loading.clear()
 
@@ -196,6 +194,13 @@ def _is_measurable(tensors: Sequence[Tensor]) -> bool:
     is_real = all(isinstance(size, int) for size in sizes) and all(tensor.numel() for tensor in tensors)
     on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
     return is_real and on_gpu and torch.version.hip is None and not torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _kernels() -> str:
+    """A digest of the kernels that are not PyTorch's: what was measured of others says nothing of them."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @functools.cache
@@ -245,7 +250,10 @@ def _with_kernels(call: Call, use: Callable[[dict[str, Run]], Found]) -> Found |
             return None
         try:
             return use(_runs(call))
-        except RuntimeError:  # of memory, or of a kernel that says that it fits and does not
+        except (
+            Exception
+        ) as error:  # of memory, or of a kernel that says that it fits and does not: Triton's have no base
+            log.debug("attention's kernels are left to PyTorch: %s", error, exc_info=error)
             return None
 
 

@@ -37,10 +37,6 @@ __all__ = ["causal_attention", "causal_attention_reference", "is_lower_triangle"
 
 # An additive mask excludes what it pushes this low: exp() is 0 then, in any dtype. -1e4 is lower, as bfloat16 has it.
 MASKED = -9e3
-# This low, nothing of a score is left beside it, in float32 and in others: the weights of a row in which all is hidden
-# go by its mask alone.
-ABSORBING = -1e6
-ABSORBING_IN = {torch.float16: -3e4, torch.float64: -1e18}
 # Rows that see nothing whose weights are computed at a time.
 ROWS = 128
 
@@ -61,17 +57,25 @@ def causal_attention_reference(
     return attend(query, key, value, None if causal else mask, causal, scale)
 
 
-def _blind(query: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def absorbing(dtype: torch.dtype) -> float:
+    """The number beside which nothing is left of a score of 8 or less, if the two are added in this dtype.
+
+    In a row in which all is hidden behind such numbers the weights go by the mask alone.
+    """
+    return -30.0 / torch.finfo(dtype).eps
+
+
+def _blind(query: Tensor, mask: Tensor | None, absorbing_from: float) -> tuple[Tensor | None, Tensor | None]:
     """Which rows (B, H, S, 1) see nothing, all being hidden behind numbers; and the mask in which they see.
 
     No score is left beside such numbers, so the weights go by what lies between them: by the mask less its largest, and
     a query of 0. The kernels keep the logsumexp of a row, where that of its length is lost beside such a number: with
     the mask as it is, rows would have weights of 1 in backward.
     """
-    if mask is None or mask.dtype == torch.bool or query.numel() == 0:
+    if mask is None or mask.dtype == torch.bool or query.numel() == 0 or mask.numel() == 0:
         return None, mask
     largest = mask.amax(-1, keepdim=True)
-    blind = (largest <= ABSORBING_IN.get(query.dtype, ABSORBING)) & (largest > -torch.inf)
+    blind = (largest <= absorbing_from) & (largest > -torch.inf)
     return blind, mask - largest.masked_fill(~blind, 0.0)
 
 
@@ -88,10 +92,11 @@ def _forward(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
-    is_added: bool = False,
+    is_added: bool,
+    absorbing_from: float,
 ) -> tuple[Tensor, Tensor]:
     causal = bool(is_causal)
-    blind, allowed = _blind(query, None if causal else mask)
+    blind, allowed = _blind(query, None if causal else mask, absorbing_from)
     paths["causal" if causal else "masked"] += 1
     kernel = causal_kernel if causal else masked_kernel
     return forward(_without(query, blind), key, value, allowed, causal, scale, kernel)
@@ -106,7 +111,8 @@ def _fake(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
-    is_added: bool = False,
+    is_added: bool,
+    absorbing_from: float,
 ) -> tuple[Tensor, Tensor]:
     return fake_forward(query, value)
 
@@ -123,10 +129,11 @@ def _backward(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
-    is_added: bool = False,
+    is_added: bool,
+    absorbing_from: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = bool(is_causal)
-    blind, allowed = _blind(query, None if causal else mask)
+    blind, allowed = _blind(query, None if causal else mask, absorbing_from)
     kernel = causal_kernel if causal else masked_kernel
     seeing = _without(query, blind)
     q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel)
@@ -149,7 +156,7 @@ def _of_blind(
     total = torch.zeros_like(key, dtype=compute)
     for rows in blind.any(0).any(0).squeeze(-1).nonzero().squeeze(-1).split(ROWS):
         hidden = query[:, :, rows].masked_fill(~blind[:, :, rows], 0.0)
-        weights = mask[:, :, rows].to(compute).softmax(-1)
+        weights = mask[:, :, rows].to(compute).masked_fill(~blind[:, :, rows], 0.0).softmax(-1)
         total += key_gradient(grad[:, :, rows], hidden, key, value, weights, scale)
     return total.to(key.dtype)
 
@@ -166,7 +173,8 @@ def _fake_backward(
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
-    is_added: bool = False,
+    is_added: bool,
+    absorbing_from: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_backward(query, key, value)
 
@@ -185,13 +193,14 @@ torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask) -> Tensor", 
 torch.library.define(
     "graphfuse::causal_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale, str causal_kernel, "
-    "str masked_kernel, bool is_added=False) -> (Tensor, Tensor)",
+    "str masked_kernel, bool is_added, float absorbing_from) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "graphfuse::causal_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, Tensor out, Tensor lse, "
-    "float scale, str causal_kernel, str masked_kernel, bool is_added=False) -> (Tensor, Tensor, Tensor)",
+    "float scale, str causal_kernel, str masked_kernel, bool is_added, float absorbing_from) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 _op.implement("is_lower_triangle", _looks)
@@ -207,8 +216,8 @@ def _(mask):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, causal_kernel, masked_kernel, is_added = inputs
-    ctx.options = (scale, causal_kernel, masked_kernel, is_added)
+    *tensors, scale, causal_kernel, masked_kernel, is_added, absorbing_from = inputs
+    ctx.options = (scale, causal_kernel, masked_kernel, is_added, absorbing_from)
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -216,7 +225,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, mask, is_causal, out, lse = ctx.saved_tensors
     tensors = (query, key, value, mask, is_causal, out, lse)
-    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 6
+    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 7
 
 
 torch.library.register_autograd("graphfuse::causal_attention", _autograd, setup_context=_setup_context)
@@ -263,5 +272,8 @@ def causal_attention(
         heads = query.shape[1], key.shape[1], value.shape[1]
         raise ValueError(f"key: expected heads that divide those of the queries, got {heads}")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor = torch.ops.graphfuse.causal_attention(query, key, value, mask, is_causal, scale, "", "", True)[0]
+    absorbing_from = absorbing(_op.compute_dtype(query))
+    out: Tensor = torch.ops.graphfuse.causal_attention(
+        query, key, value, mask, is_causal, scale, "", "", True, absorbing_from
+    )[0]
     return out

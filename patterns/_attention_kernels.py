@@ -85,6 +85,7 @@ def should_split(query: Value, key: Value) -> bool:
 
 
 def choose_way(
+    pattern: str,
     anchor: Value,
     states: tuple[Value, Value, Value],
     mask: Value | None,
@@ -96,6 +97,7 @@ def choose_way(
     """The argument `kernel` of attention of one query for each head, or that the code as it is is faster.
 
     Args:
+        pattern: whose site it is.
         anchor: the attention.
         states: query, key and value, these with as many heads as there are groups.
         mask: if there is one.
@@ -121,7 +123,7 @@ def choose_way(
         reason = (
             f"cost: expected less than {took / MARGIN:.3g} ms, as the code as it is takes {took:.3g}, got {best:.3g}"
         )
-        return Refusal("grouped_attention", anchor, reason, {"grouped_attention": 1}, ALWAYS)
+        return Refusal(pattern, anchor, reason, {pattern: 1}, ALWAYS)
     kernel = "split" if found.fastest == "split" else ""
     where = "in Triton" if kernel else "in PyTorch's own kernel"
     return Choice({"kernel": kernel, "scale": scale}, f"by {NAMES[found.fastest]}", f"{where}, {_measured(found)}")

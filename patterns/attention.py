@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from graphfuse.kernels.attention import attention, mask_of
-from graphfuse.kernels.causal_attention import MASKED, paths
+from graphfuse.kernels.causal_attention import MASKED, absorbing, paths
 from graphfuse.match import Choice, Match, Pattern, Refusal, short
 from graphfuse.patterns._attention_heads import Plan, arranged
 from graphfuse.patterns._attention_kernels import choose_kernel, choose_kernels, trains
@@ -212,7 +212,11 @@ class _Site:
             dtypes = {query.value.dtype, *(mask.dtype for mask in layout.masks if mask.dtype.is_floating_point)}
             lowest = max(torch.finfo(dtype).min for dtype in dtypes)
             params |= {"mask_plans": layout.mask_plans, "steps": steps, "lowest": lowest}
-            params |= {"causal_kernel": "", "masked_kernel": ""}
+            added = [step.value.dtype for step in self.found.masks if step.kind == "add"]
+            # What takes the place of a score leaves nothing of it, however near to 0 it has to be in a narrow dtype.
+            is_all_added = len(added) == len(self.found.masks)
+            widest = reduce(torch.promote_types, added) if is_all_added else query.value.dtype
+            params |= {"absorbing_from": absorbing(widest), "causal_kernel": "", "masked_kernel": ""}
             variant = f"mask looked at on every call, {kind}"
         else:
             on_gpu = query.value.tensor.device.type == "cuda"
@@ -355,6 +359,7 @@ def looked_at(
     output_plan: Plan,
     steps: Steps,
     lowest: float,
+    absorbing_from: float,
     scale: float,
     causal_kernel: str,
     masked_kernel: str,
@@ -365,9 +370,9 @@ def looked_at(
     mask = mask_of(parts, steps, lowest)
     is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
     is_added = all(kind == "add" or number == -torch.inf for kind, number in steps)
-    out = torch.ops.graphfuse.causal_attention(*states, mask, is_causal, scale, causal_kernel, masked_kernel, is_added)[
-        0
-    ]
+    out, _ = torch.ops.graphfuse.causal_attention(
+        *states, mask, is_causal, scale, causal_kernel, masked_kernel, is_added, absorbing_from
+    )
     found: Tensor = arranged(out, output_plan, query)
     return found
 

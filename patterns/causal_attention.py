@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels.attention import attention
-from graphfuse.kernels.causal_attention import paths
+from graphfuse.kernels.causal_attention import absorbing, paths
 from graphfuse.match import Match, Pattern, Refusal, argument, number, short
 from graphfuse.patterns._attention_kernels import choose_kernel, choose_kernels, trains
 from graphfuse.patterns._attention_mask import Known, Unfit, as_mask, look, triangle
@@ -102,7 +102,13 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
             outputs=(value,),
             inputs=(query, key, value_states, mask),
             replacement=looked_at,
-            params={"scale": size, "causal_kernel": "", "masked_kernel": ""},
+            params={
+                "scale": size,
+                "causal_kernel": "",
+                "masked_kernel": "",
+                # Whatever the dtype of the queries, PyTorch's kernels add masks in no less than float32.
+                "absorbing_from": absorbing(torch.promote_types(query.dtype, torch.float32)),
+            },
             variant=f"mask looked at on every call, {heads}{short(query.dtype)}",
             covers=COVERS,
             samplers={**states, 3: (_triangle, _holes)},
@@ -161,12 +167,20 @@ def dropped(
 
 
 def looked_at(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float, causal_kernel: str, masked_kernel: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scale: float,
+    causal_kernel: str,
+    masked_kernel: str,
+    absorbing_from: float,
 ) -> Tensor:
     """Stands in the place of attention under a mask that is causal where nothing is padded."""
     is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
     out: Tensor = torch.ops.graphfuse.causal_attention(
-        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel, True
+        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel, True, absorbing_from
     )[0]
     return out
 

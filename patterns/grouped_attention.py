@@ -77,7 +77,7 @@ def _match(value: Value) -> Match | None:
         samplers=drawn if mask is None else {**drawn, 3: _mask},
         scalable=frozenset({key.shape[2]}),
         above_views=False,
-        choose=partial(choose_way, value, (query, key, states), mask, knows_groups=knows_groups, scale=size)
+        choose=partial(choose_way, NAME, value, (query, key, states), mask, knows_groups=knows_groups, scale=size)
         if splits
         else None,
         needs_choice=not is_shared,

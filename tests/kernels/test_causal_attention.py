@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from graphfuse.kernels import _sdpa_launch
 from graphfuse.kernels.causal_attention import (
+    absorbing,
     causal_attention,
     causal_attention_reference,
     is_lower_triangle,
@@ -16,6 +17,7 @@ from graphfuse.kernels.causal_attention import (
 from graphfuse.testing import assert_no_worse
 
 B, S, D = 2, 40, 16
+LOW = absorbing(torch.float32)
 TRIANGLE = torch.ones(S, S, dtype=torch.bool).tril()
 PADDED = (TRIANGLE & (torch.arange(S) < torch.tensor([[S], [S - 13]]))[:, None, None, :]).contiguous()
 
@@ -53,7 +55,8 @@ def backend(request, monkeypatch):
 def test_no_worse_than_eager(device, backend, mask, groups, dtype, layout):
     mask = mask.to(device)
     mask = mask if mask.dtype == torch.bool else mask.clamp_min(torch.finfo(dtype).min).to(dtype)
-    inputs = (*heads(device, groups=groups, dtype=dtype, layout=layout), mask, is_lower_triangle(mask), D**-0.5, "", "")
+    states = heads(device, groups=groups, dtype=dtype, layout=layout)
+    inputs = (*states, mask, is_lower_triangle(mask), D**-0.5, "", "", True, LOW)
 
     def op(*args):
         return torch.ops.graphfuse.causal_attention(*args)[0]
@@ -70,7 +73,7 @@ def test_agrees_with_its_reference(device, mask):
     q, k, v = heads(device, dtype=torch.float64, values=24)
     mask = mask.to(device)
     flag = is_lower_triangle(mask)
-    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3, "", "")
+    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3, "", "", True, LOW)
     wanted_out, wanted_lse = causal_attention_reference(q, k, v, mask, flag, 0.3)
     torch.testing.assert_close((out, lse), (wanted_out, wanted_lse))
     grad = torch.randn_like(out)
@@ -132,7 +135,7 @@ def test_takes_any_length(device, length, is_causal, dtype):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_passes_opcheck(device, backend, is_causal):
-    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25, "", "")
+    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25, "", "", True, LOW)
     torch.library.opcheck(torch.ops.graphfuse.causal_attention, inputs)
     torch.library.opcheck(torch.ops.graphfuse.is_lower_triangle, (TRIANGLE.to(device),))
 
@@ -157,9 +160,9 @@ def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device
     seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
     mask = torch.zeros(S, S, device=device).masked_fill(~seen, -1e9)
     flag = is_lower_triangle(mask)
-    out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "")
+    out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "", True, LOW)
     given = (*(x.detach() for x in states), mask, flag, out.detach(), lse)
-    inputs = (torch.randn_like(out), *given, 0.25, "", "", is_added)
+    inputs = (torch.randn_like(out), *given, 0.25, "", "", is_added, LOW)
     torch.library.opcheck(torch.ops.graphfuse.causal_attention_backward, inputs)
 
 
@@ -173,7 +176,8 @@ def test_rows_that_see_nothing_go_by_their_mask(device, backend, low, is_added, 
     seen = (torch.arange(S, device=device) >= torch.tensor([[0], [5]], device=device))[:, None, None, :]
     mask = torch.zeros(B, 1, S, S, device=device).masked_fill(~(TRIANGLE.to(device) & seen), low)
     mask = mask + torch.zeros(S, S, device=device).masked_fill(~TRIANGLE.to(device), above)
-    out = torch.ops.graphfuse.causal_attention(q, k, v, mask, is_lower_triangle(mask), D**-0.5, "", "", is_added)[0]
+    inputs = (q, k, v, mask, is_lower_triangle(mask), D**-0.5, "", "", is_added, LOW)
+    out = torch.ops.graphfuse.causal_attention(*inputs)[0]
     scores = q @ k.repeat_interleave(2, 1).mT * D**-0.5
     scores = scores + mask if is_added else torch.where(mask == 0, scores, mask)
     wanted = scores.softmax(-1) @ v.repeat_interleave(2, 1)
@@ -181,6 +185,23 @@ def test_rows_that_see_nothing_go_by_their_mask(device, backend, low, is_added, 
     grad = torch.randn_like(out)
     grads = [torch.autograd.grad(end, (q, k, v), grad) for end in (out, wanted)]
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_hidden_by_numbers_are_apart_from_rows_hidden_in_other_sequences(device):
+    """Row 1 of one sequence sees nothing behind numbers, that of the other nothing at all."""
+    q, k, v = heads(device, groups=4)
+    mask = torch.zeros(B, 1, S, S, device=device).masked_fill(~TRIANGLE.to(device), -torch.inf)
+    mask[0, 0, 1], mask[1, 0, 1] = -torch.inf, torch.finfo(torch.float32).min
+    out = causal_attention(q, k, v, mask, torch.tensor(False))
+    for grad in torch.autograd.grad(out.square().sum(), (q, k, v)):
+        assert grad.isfinite().all()
+
+
+def test_takes_masks_of_no_keys(device):
+    q = torch.randn(B, 4, 3, D, device=device)
+    k = torch.randn(B, 4, 0, D, device=device)
+    out = causal_attention(q, k, k, torch.zeros(3, 0, device=device), torch.tensor(False))
+    torch.testing.assert_close(out, torch.zeros_like(q))
 
 
 def test_says_what_it_expected(device):

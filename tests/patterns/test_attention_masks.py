@@ -146,6 +146,36 @@ def test_rows_that_see_nothing_go_by_the_numbers_that_hide(mask, agrees):
     assert graphfuse.report(compiled).counts == {"attention": 1}
 
 
+@pytest.mark.parametrize("is_fused", [False, True], ids=["by hand", "sdpa"])
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [
+        (torch.float16, -65504.0),
+        (torch.bfloat16, -1e4),
+        (torch.bfloat16, -1e6),
+        (torch.float32, -1e6),
+        (torch.float32, -1e9),
+        (torch.float32, LOWEST),
+    ],
+    ids=str,
+)
+def test_scores_that_numbers_leave_something_of(dtype, number, is_fused):
+    """Rows that see nothing go by their scores as far as the dtype of the sum keeps them: SDPA's is float32."""
+
+    def masked(q, k, v, padding):
+        mask = torch.zeros((), dtype=q.dtype).expand(B, 1, S, S).masked_fill(~(triangle() & seen_by(padding)), number)
+        if is_fused:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return (q @ k.mT / 4 + mask).softmax(-1) @ v
+
+    given = tuple((2 * x).detach().to(dtype) for x in inputs())
+    compiled = graphfuse.optimize(masked, inner="eager", fullgraph=True, strict=True)
+    found, expected = compiled(*given, LEFT), masked(*given, LEFT)
+    assert sum(graphfuse.report(compiled).counts.values()) == 1
+    tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1, torch.float32: 1e-3 if number > -1e8 else 1e-5}[dtype]
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_looks_once_for_all_layers(inner, agrees, counts_calls):
     def layers(q, k, v, padding):

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack_and_undo_to_depth
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import dynamo_timed
 
@@ -42,6 +43,8 @@ from graphfuse.rewrite import hoist, rewrite, share
 from graphfuse.shadow import Shadow, Value, bodies_of
 
 Found = dict[Shadow, list[tuple[Pattern, Match | Refusal]]]
+
+VMAP = "vmap"
 
 logs.set_up()
 
@@ -125,19 +128,24 @@ def compile_graph(
 def _compile(
     graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config, graph_record: GraphRecord
 ) -> Callable[..., Any]:
-    if (transform := _transform_in(graph_module)) is not None:
-        graph_record.notes.append(f"torch.func: expected no transform inside the graph, got {transform}")
+    transforms = _transforms_in(graph_module)
+    if transforms and transforms[0] != VMAP:
+        _note_transform(transforms[0], graph_record)
         return compile_inner(graph_module, example_inputs, config)
-    original = _duplicate(graph_module)
+    original, depth = _duplicate(graph_module), get_dynamic_layer_stack_depth()
     try:
         # A checkpoint around the call that compiles counts what is saved: replay and proofs are not part of it.
         with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             graph_record.split = split_of(graph_module, functools.partial(_sites, config=config))
             plan = rewrite_graph(graph_module, example_inputs, config, graph_record)
     except Exception as error:
-        if config.strict:
+        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if transforms:
+            _note_transform(transforms[0], graph_record)
+        elif config.strict:
             raise
-        _fall_back("rewriting", error, graph_record)
+        else:
+            _fall_back("rewriting", error, graph_record)
         return compile_inner(original, example_inputs, config)
     if not any(site.status == "rewritten" for site in graph_record.sites):
         return compile_inner(graph_module, example_inputs, config)
@@ -146,26 +154,35 @@ def _compile(
     except (TorchDynamoException, GraphfuseError):
         raise  # Dynamo steers itself with exceptions
     except Exception as error:
-        if config.strict:
+        pop_dynamic_layer_stack_and_undo_to_depth(depth)
+        if config.strict and not transforms:
             raise
         compiled = compile_inner(original, example_inputs, config)  # fails too if it is not our doing
-        _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
+        if transforms:
+            _note_transform(transforms[0], graph_record)
+        else:
+            _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
         return compiled
 
 
-def _transform_in(graph_module: fx.GraphModule) -> str | None:
-    """The first transform of torch.func that begins inside the graph: `grad`, `vmap`, `jvp`.
+def _transforms_in(graph_module: fx.GraphModule) -> list[str]:
+    """The transforms of torch.func that begin inside the graph, `vmap` last: `grad`, `jvp`, `vmap`.
 
-    What lies inside is of tensors that are batched or differentiated once more, for which the ops have no rules. Nor
-    may such a graph be replayed: it forbids hooks on saved tensors, and what fails in it leaves its level behind, in
-    which all that runs later would be.
+    Whole regions of tensors that are batched can be replaced, within them the ops have no rules. Of tensors that are
+    differentiated once more nothing can, nor may such a graph be replayed: it forbids hooks on saved tensors.
     """
+    found = set()
     for module in graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             name = str(getattr(node.target, "__name__", ""))
             if node.op == "call_function" and name.endswith("_increment_nesting"):
-                return name.removesuffix("_increment_nesting").removeprefix("_")
-    return None
+                found.add(name.removesuffix("_increment_nesting").removeprefix("_"))
+    return sorted(found, key=lambda name: (name == VMAP, name))
+
+
+def _note_transform(name: str, graph_record: GraphRecord) -> None:
+    graph_record.sites.clear()
+    graph_record.notes.append(f"torch.func: expected no transform inside the graph, got {name}")
 
 
 def _sites(graph_module: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Site]:

@@ -29,8 +29,8 @@ def test_leaves_alone_what_torch_func_transforms(transformed, inner):
     compiled = graphfuse.optimize(transformed, inner=inner)
     torch.testing.assert_close(compiled(w, x, y), transformed(w, x, y))
     notes = graphfuse.report(compiled).notes
-    assert notes, "it was not captured"
     assert all(note.startswith("torch.func: expected no transform") for note in notes)
+    assert len(notes) == (transformed is not TRANSFORMED["vmap"])  # of which the graph can be replayed
     other = graphfuse.optimize(lambda x: F.rms_norm(x, (8,)), inner=inner)
     other(torch.randn(2, 8, requires_grad=True)).sum().backward()
     assert graphfuse.report(other).counts == {"rms_norm": 1}

@@ -52,7 +52,7 @@ def small_sizes(full: Iterable[int], cut: Mapping[int, int] | None = None) -> di
             add(cut[size])
         known = [s for s in sizes if s > 1]
         pair = next(((a, b) for a in known for b in known if a <= b and a * b == size), None)
-        missing = max((size - shorter for shorter, longer in cut.items() if longer == size), default=0)
+        missing = {size - shorter for shorter, longer in cut.items() if longer == size}
         if size in cut:
             sizes[size] = sizes[cut[size]] - (cut[size] - size)
         elif size <= 4:
@@ -60,9 +60,11 @@ def small_sizes(full: Iterable[int], cut: Mapping[int, int] | None = None) -> di
         elif pair is not None and not missing:
             sizes[size] = sizes[pair[0]] * sizes[pair[1]]
         else:
-            least = missing + 3 if missing else 0  # for what is left to be none of the small sizes
-            sizes[size] = next((factor for factor in factors if factor >= least), size)
-            factors[:] = [factor for factor in factors if factor != sizes[size]]
+            taken = set(sizes.values()) if missing else set()
+            fitting = (f for f in factors if f not in taken and all(2 < f - less not in taken for less in missing))
+            sizes[size] = next(fitting, size)
+            used = {sizes[size], *(sizes[size] - less for less in missing)}
+            factors[:] = [factor for factor in factors if factor not in used]
 
     for size in sorted(set(full)):
         add(size)

@@ -140,12 +140,9 @@ def _compile(
             plan = rewrite_graph(graph_module, example_inputs, config, graph_record)
     except Exception as error:
         pop_dynamic_layer_stack_and_undo_to_depth(depth)
-        if transforms:
-            _note_transform(transforms[0], graph_record)
-        elif config.strict:
+        if config.strict and not transforms:
             raise
-        else:
-            _fall_back("rewriting", error, graph_record)
+        _fall_back("rewriting", error, graph_record, transforms)
         return compile_inner(original, example_inputs, config)
     if not any(site.status == "rewritten" for site in graph_record.sites):
         return compile_inner(graph_module, example_inputs, config)
@@ -158,10 +155,7 @@ def _compile(
         if config.strict and not transforms:
             raise
         compiled = compile_inner(original, example_inputs, config)  # fails too if it is not our doing
-        if transforms:
-            _note_transform(transforms[0], graph_record)
-        else:
-            _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record)
+        _fall_back(f"compiling the rewritten graph with {config.inner}", error, graph_record, transforms)
         return compiled
 
 
@@ -196,7 +190,11 @@ def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _fall_back(stage: str, error: Exception, graph_record: GraphRecord) -> None:
+def _fall_back(stage: str, error: Exception, graph_record: GraphRecord, transforms: Sequence[str]) -> None:
+    """Say why the graph is compiled as it was: no fault of anybody's, and no warning, where torch.func transforms."""
+    if transforms:
+        _note_transform(transforms[0], graph_record)
+        return
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     note = f"{stage}: expected no error, got {type(error).__name__}: {first_line}; the graph was compiled as it was"
     graph_record.sites.clear()

@@ -119,18 +119,11 @@ def _packed_backward_of_products(
     weight: Tensor,
     states: Tensor,  # (N, H)
     packed_weight: Tensor,  # (H, 2 D)
-    packing: str,
-    activation: str,
-    alpha: float,
-    gate_max: float,
-    up_limit: float,
-    up_offset: float,
-    with_result: bool,
+    *others: Any,
 ) -> tuple[Tensor, Tensor]:
     """`packed_glu_backward_` of a projection that it makes itself, and returns as its gradient."""
-    options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
     packed = torch.mm(states, packed_weight)
-    return packed, differentiate_(grad, weight, *unpack(packed, packing), options, with_result)
+    return packed, _packed_backward_in_place(grad, weight, packed, *others)
 
 
 _op.implement("packed_glu", _packed_forward)

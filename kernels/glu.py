@@ -230,17 +230,11 @@ def _backward_of_products(
     gate_weight: Tensor,  # (H, D)
     up_states: Tensor,  # (N, H)
     up_weight: Tensor,  # (H, D)
-    activation: str,
-    alpha: float,
-    gate_max: float,
-    up_limit: float,
-    up_offset: float,
-    with_result: bool,
+    *others: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`glu_backward_` of gate and up that it makes itself, and returns as their gradients."""
-    options = GluOptions(activation, alpha, gate_max, up_limit, up_offset)
     gate, up = torch.mm(gate_states, gate_weight), torch.mm(up_states, up_weight)
-    return gate, up, differentiate_(grad, weight, gate, up, options, with_result)
+    return gate, up, _backward_in_place(grad, weight, gate, up, *others)
 
 
 _op.implement("glu", _forward)

@@ -130,6 +130,7 @@ def choose_way(
 
 
 def _repeated(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """As code repeats them, so that what is timed is what it would do: copied in the order that expand has."""
     heads = query.shape[1]
     key, value = (
         states.unsqueeze(2).expand(-1, -1, heads // states.shape[1], -1, -1).reshape(-1, heads, *states.shape[2:])

@@ -40,6 +40,7 @@ QUEUE = 4_000_000  # cycles that the GPU waits first, so that the host is ahead 
 SLOW = 1.5  # times as slow as the best so far, once, is not measured again
 MARGIN = 1.03  # times as slow as the fastest, PyTorch's own choice stays: so much may be noise
 APART = 0.03  # relative difference to PyTorch's choice that the rounding of half precision explains
+FEW_TOKENS = 5  # of a proof
 COPIES = 16  # tensors of the size of the queries that measuring takes at most, gradients and what is repeated included
 
 
@@ -143,6 +144,8 @@ def fastest(
 def load(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, trains: bool) -> None:
     """Start to run each kernel once that `fastest` would measure for these; if it is known which is, that one.
 
+    And then for few tokens, as in a proof: cuDNN has other code for them.
+
     In a thread, whose tensors, stream and random numbers are its own. Somebody has to wait for it: a graph that is
     captured meanwhile may hear of its allocations.
     """
@@ -232,8 +235,15 @@ def _load(call: Call, wanted: Collection[str]) -> None:
 
     try:
         _with_kernels(call, run_once)
+        _with_kernels(replace(call, query=_few(call.query), key=_few(call.key), value=_few(call.value)), run_once)
     except Exception as error:
         log.debug("attention's kernels are loaded when they are called: %s", error, exc_info=error)
+
+
+def _few(like: Like) -> Like:
+    """The same with a few tokens."""
+    shape = (*like.shape[:2], FEW_TOKENS, like.shape[3])
+    return Like(shape, torch.empty(shape, device="meta").stride(), like.dtype)
 
 
 def _with_kernels(call: Call, use: Callable[[dict[str, Run]], Found]) -> Found | None:

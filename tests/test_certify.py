@@ -216,3 +216,30 @@ def test_rows_that_are_left_of_a_difference_do_not_count_as_much():
     got = truth + 1e-7
     assert module._error(got, truth) > 1e-2
     assert module._error(got, truth, by_row=False) < 2e-7
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_code_as_it_is_runs_without_cudnn(monkeypatch, is_enabled):
+    """That would generate code for each kind of call, with a mask that the rewritten model never reads."""
+    seen = []
+
+    def watched(name):
+        run = getattr(module._Trial, name)
+
+        def method(trial, known, *, exact, device):
+            seen.append((name, exact, torch.backends.cuda.cudnn_sdp_enabled()))
+            return run(trial, known, exact=exact, device=device)
+
+        monkeypatch.setattr(module._Trial, name, method)
+
+    watched("_region")
+    watched("_replacement")
+    match, shadow = found_in(llama_norm, torch.randn(4, 8), torch.randn(8))
+    torch.backends.cuda.enable_cudnn_sdp(is_enabled)
+    try:
+        assert certify(match, shadow) is None
+        assert torch.backends.cuda.cudnn_sdp_enabled() is is_enabled
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert [is_on for name, exact, is_on in seen if name == "_region" and not exact] == [False]
+    assert [is_on for name, exact, is_on in seen if name == "_replacement" or exact] == [is_enabled] * 3

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import cuda
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 from graphfuse.evaluate import CannotEvaluate, cuts, evaluate, exact_dtype, fingerprint, roots, small_sizes
-from graphfuse.kernels._sdpa_kernel import without_cudnn
 from graphfuse.match import Match
 from graphfuse.shadow import Shadow, Value
 
@@ -109,6 +109,20 @@ def _by_itself() -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(torch.inference_mode(False))
         yield
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Where PyTorch takes another kernel than cuDNN's, which spends seconds on code for every kind of call.
+
+    It is a setting of all threads.
+    """
+    was_enabled = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(was_enabled and not cuda.math_sdp_enabled())  # that one takes any call
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(was_enabled)
 
 
 def proofs() -> int:
@@ -294,7 +308,7 @@ class _Trial:
         return None
 
     def _compare_real(self, truth: Sequence[Tensor], drawn: Sequence[Tensor], device: torch.device) -> str | None:
-        with without_cudnn():  # for the code as it is
+        with _without_cudnn():  # for the code as it is
             theirs = self._one(self._region, drawn, exact=False, device=device)
         ours = self._one(self._replacement, drawn, exact=False, device=device)
         for name, t, a, b in zip(self._names(len(truth)), truth, theirs, ours, strict=True):

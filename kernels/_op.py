@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphfuse.kernels._ahead import ahead
+from graphfuse.kernels._replay import repeated
 from graphfuse.kernels._triton import HAS_TRITON
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -25,8 +26,15 @@ direct = SimpleNamespace()
 torch.ops.graphfuse.direct = direct  # type: ignore[attr-defined]
 
 
-def implement(name: str, function: Callable[..., Any]) -> None:
-    """Have an op that was defined do what the function does, on every device."""
+def implement(name: str, function: Callable[..., Any], *, repeats: bool = False) -> None:
+    """Have an op that was defined do what the function does, on every device.
+
+    Args:
+        name: Of the op.
+        function: Takes all of its arguments, in their order.
+        repeats: Whether its calls on a GPU are worth recording: it does little but launch kernels.
+    """
+    function = repeated(function) if repeats else function
     torch.library.impl(f"graphfuse::{name}", "default", function)
     setattr(direct, name, function)
 

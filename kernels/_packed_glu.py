@@ -126,9 +126,9 @@ def _packed_backward_of_products(
     return packed, _packed_backward_in_place(grad, weight, packed, *others)
 
 
-_op.implement("packed_glu", _packed_forward)
-_op.implement("packed_glu_backward", _packed_backward)
-_op.implement("packed_glu_backward_", _packed_backward_in_place)
+_op.implement("packed_glu", _packed_forward, repeats=True)
+_op.implement("packed_glu_backward", _packed_backward, repeats=True)
+_op.implement("packed_glu_backward_", _packed_backward_in_place, repeats=True)
 _op.implement("packed_glu_backward_of_products", _packed_backward_of_products)
 
 

@@ -140,7 +140,7 @@ def _plain(weight: Tensor | None) -> Tensor | None:
 
 def _register(name: str, function: Any) -> None:
     torch.library.define(f"graphfuse::{name}_pair", SCHEMAS[name], tags=_op.TAGS)
-    _op.implement(f"{name}_pair", function)
+    _op.implement(f"{name}_pair", function, repeats=True)
 
     @torch.library.register_fake(f"graphfuse::{name}_pair")
     def _(*args: Any) -> tuple[Tensor, ...]:

@@ -42,7 +42,7 @@ def _scale(x: Tensor, scale: Tensor) -> None:
 
 
 torch.library.define("graphfuse::scale_", "(Tensor(a!) x, Tensor scale) -> ()", tags=_op.TAGS)
-_op.implement("scale_", _scale)
+_op.implement("scale_", _scale, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::scale_")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -47,20 +45,6 @@ def may_choose() -> bool:
     """
     order, is_deterministic, *enabled = _settings()
     return order[:4] in OWN_ORDERS and not is_deterministic and all(enabled)
-
-
-@contextlib.contextmanager
-def without_cudnn() -> Iterator[None]:
-    """Where PyTorch takes another kernel than cuDNN's, which spends seconds on code for every kind of call.
-
-    It is a setting of all threads.
-    """
-    was_enabled = cuda.cudnn_sdp_enabled()
-    cuda.enable_cudnn_sdp(was_enabled and not cuda.math_sdp_enabled())  # that one takes any call
-    try:
-        yield
-    finally:
-        cuda.enable_cudnn_sdp(was_enabled)
 
 
 def _settings() -> tuple[Any, ...]:

@@ -14,13 +14,14 @@ import operator
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from graphfuse.kernels import _ahead
 from graphfuse.kernels._descriptor import Described, as_passed
+from graphfuse.kernels._replay import current
 
 try:
     import triton
@@ -52,10 +53,20 @@ log = logging.getLogger("graphfuse")
 
 __all__ = ["HAS_PTX", "HAS_TRITON", "launch", "tl", "triton"]
 
-# What launches a kernel, by all that Triton compiles for: sizes, strides, dtypes, alignment, options. To have Triton
-# find that again takes 15 to 20 us. A launcher takes the grid, the arguments, and these with addresses for tensors and
-# without tuples.
-Launcher = Callable[[tuple[int, ...], tuple[Any, ...], list[Any]], None]
+
+class Launcher(NamedTuple):
+    """What launches a compiled kernel.
+
+    `run` takes the grid, the stream and values; `pick` finds these among the arguments when they have addresses for
+    tensors and no tuples, and is None where `run` takes the arguments as they are.
+    """
+
+    run: Callable[..., None]
+    pick: Callable[[list[Any]], tuple[Any, ...]] | None
+
+
+# By all that Triton compiles for: sizes, strides, dtypes, alignment, options. To have it find that again takes 15 to
+# 20 us.
 MAX_LAUNCHERS = 4096
 _launchers: dict[tuple[Any, ...], Launcher] = {}
 
@@ -106,16 +117,45 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         if len(_launchers) >= MAX_LAUNCHERS:
             _launchers.clear()
         _launchers[key] = launcher
-    launcher((*grid, 1, 1)[:3], args, flat)
+    (run, pick), sizes = launcher, (*grid, 1, 1)[:3]
+    run(*sizes, torch._C._cuda_getCurrentRawStream(index), *(pick(flat) if pick is not None else map(as_passed, args)))
+    if current.recorder is not None:
+        _note(launcher, sizes, args, flat)
+
+
+def _note(launcher: Launcher, sizes: tuple[int, ...], args: tuple[Any, ...], flat: list[Any]) -> None:
+    """Tell who listens to this call of an op of the launch."""
+    assert current.recorder is not None
+    tensors: list[Any] = []
+    for argument in args:
+        tensors += argument if isinstance(argument, tuple) else (argument,)
+    if launcher.pick is not None:
+        current.recorder.launched(launcher.run, sizes, list(launcher.pick(flat)), list(launcher.pick(tensors)))
+    elif any(isinstance(argument, tuple) for argument in args):
+        current.recorder.fails = True  # what its kernel takes is more than these
+    else:
+        current.recorder.launched(launcher.run, sizes, flat, tensors)
 
 
 def _launcher_by_triton(compiled: Any, constants: tuple[Any, ...]) -> Launcher:
     """What Triton has a C compiler make for every new list of types."""
+    is_watched = _is_watched()
 
-    def launcher(grid: tuple[int, ...], args: tuple[Any, ...], flat: list[Any]) -> None:
-        compiled[grid](*map(as_passed, args), *constants)
+    def run(x: int, y: int, z: int, stream: int, *args: Any) -> None:
+        if is_watched:
+            compiled[x, y, z](*args, *constants, stream=stream)
+        else:
+            nobody = (None, None, None)
+            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, *nobody, *args, *constants)
 
-    return launcher
+    compiled._init_handles()
+    return Launcher(run, None)
+
+
+def _is_watched() -> bool:
+    """Whether a profiler of Triton's listens to launches."""
+    hooks = triton.knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
 
 
 def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launcher | None:
@@ -124,7 +164,7 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
     None for kernels that it does not know: that read tensors by descriptors, or ask for attributes of a launch. Nor
     where a profiler of Triton's listens, which would not hear of it.
     """
-    wanted, hooks = compiled.metadata, triton.knobs.runtime
+    wanted = compiled.metadata
     types: list[str] = []
     for argument, kind in zip(args, compiled.src.signature.values(), strict=False):  # all others are constants
         types += kind if isinstance(kind, tuple) else [kind] * (len(argument) if isinstance(argument, tuple) else 1)
@@ -132,9 +172,7 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
     try:
         from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
 
-        if torch.version.hip or wanted.launch_pdl or wanted.launch_cooperative_grid:
-            return None
-        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+        if torch.version.hip or wanted.launch_pdl or wanted.launch_cooperative_grid or _is_watched():
             return None
         flat = SimpleNamespace(fn=compiled.src.fn, signature={k: types[k] for k in where}, constants={})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -146,9 +184,4 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
     except Exception as error:
         log.debug("%s is launched by Triton: %s", compiled.name, error, exc_info=error)
         return None
-    run, handed = static.run, operator.itemgetter(*where)
-
-    def launcher(grid: tuple[int, ...], args: tuple[Any, ...], flat: list[Any]) -> None:
-        run(*grid, torch._C._cuda_getCurrentRawStream(index), *handed(flat))
-
-    return launcher
+    return Launcher(static.run, operator.itemgetter(*where))

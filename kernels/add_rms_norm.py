@@ -149,9 +149,9 @@ def _rms_norm_add(
     return y.copy_(rms_norm_add_reference(x, residual, weight, *options, normalized_dtype, rounded_dtype, out_dtype))
 
 
-_op.implement("add_rms_norm", _add_rms_norm)
-_op.implement("add_rms_norm_backward", _add_rms_norm_backward)
-_op.implement("rms_norm_add", _rms_norm_add)
+_op.implement("add_rms_norm", _add_rms_norm, repeats=True)
+_op.implement("add_rms_norm_backward", _add_rms_norm_backward, repeats=True)
+_op.implement("rms_norm_add", _rms_norm_add, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::add_rms_norm")

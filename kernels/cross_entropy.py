@@ -110,8 +110,8 @@ def _empty_numbers(logits: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor, ...
     return tuple(logits.new_empty(logits.shape[0] if want else 0, dtype=dtype) for want in (*wants, True, True))
 
 
-_op.implement("token_losses", _forward)
-_op.implement("token_losses_backward", _backward)
+_op.implement("token_losses", _forward, repeats=True)
+_op.implement("token_losses_backward", _backward, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::token_losses")

@@ -237,9 +237,9 @@ def _backward_of_products(
     return gate, up, _backward_in_place(grad, weight, gate, up, *others)
 
 
-_op.implement("glu", _forward)
-_op.implement("glu_backward", _backward)
-_op.implement("glu_backward_", _backward_in_place)
+_op.implement("glu", _forward, repeats=True)
+_op.implement("glu_backward", _backward, repeats=True)
+_op.implement("glu_backward_", _backward_in_place, repeats=True)
 _op.implement("glu_backward_of_products", _backward_of_products)
 
 

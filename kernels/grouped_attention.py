@@ -72,7 +72,7 @@ torch.library.define(
     "(Tensor query, Tensor key, Tensor value, Tensor? mask, float scale) -> Tensor",
     tags=_op.TAGS,
 )
-_op.implement("grouped_attention", _forward)
+_op.implement("grouped_attention", _forward, repeats=True)
 torch.library.register_fake("graphfuse::grouped_attention", _fake)
 
 

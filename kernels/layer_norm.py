@@ -234,8 +234,8 @@ def _empty_gradients(
     return torch.empty_like(x), weight_grad, bias_grad
 
 
-_op.implement("layer_norm", _forward)
-_op.implement("layer_norm_backward", _backward)
+_op.implement("layer_norm", _forward, repeats=True)
+_op.implement("layer_norm_backward", _backward, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::layer_norm")

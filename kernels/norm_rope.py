@@ -154,8 +154,8 @@ def _backward(
     return x_grad, weight_grad
 
 
-_op.implement("norm_rope", _forward)
-_op.implement("norm_rope_backward", _backward)
+_op.implement("norm_rope", _forward, repeats=True)
+_op.implement("norm_rope_backward", _backward, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::norm_rope")

@@ -229,8 +229,8 @@ def _backward(
     return x_grad, weight_grad
 
 
-_op.implement("rms_norm", _forward)
-_op.implement("rms_norm_backward", _backward)
+_op.implement("rms_norm", _forward, repeats=True)
+_op.implement("rms_norm_backward", _backward, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::rms_norm")

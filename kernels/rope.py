@@ -139,8 +139,8 @@ def _backward(
     return rotate_(grad, cos, sin, x_grad, rotation)
 
 
-_op.implement("rope", _forward)
-_op.implement("rope_backward", _backward)
+_op.implement("rope", _forward, repeats=True)
+_op.implement("rope_backward", _backward, repeats=True)
 
 
 @torch.library.register_fake("graphfuse::rope")

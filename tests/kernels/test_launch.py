@@ -3,7 +3,6 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from graphfuse.kernels import _triton
 from graphfuse.kernels._descriptor import Described
@@ -28,7 +27,6 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(StaticallyLaunchedCudaKernel, "load_kernel", load)
     monkeypatch.setattr(StaticallyLaunchedCudaKernel, "run", run)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 90 + index, raising=False)
     return calls
 
 
@@ -54,7 +52,8 @@ ARGS = ("x", None, (40, 1, 2**40), (3, 4), 0.5, 6)  # the last one is an option
 
 def test_hands_over_all_but_constants(launched):
     launcher = launcher_by_torch(compiled(SIGNATURE), ARGS, 1)
-    launcher((8, 2, 1), ARGS, [4096, None, 40, 1, 2**40, 3, 4, 0.5, 6])
+    values = launcher.pick([4096, None, 40, 1, 2**40, 3, 4, 0.5, 6])
+    launcher.run(8, 2, 1, 91, *values)
     assert launched == [("load", "kernel", 1), ("Oilfi", (8, 2, 1, 91, 4096, 40, 2**40, 0.5, 6))]
 
 

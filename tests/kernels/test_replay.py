@@ -1,0 +1,233 @@
+"""Calls of ops that are made again: of the same kernels on other tensors, and only where nothing else is done."""
+
+import ctypes
+
+import pytest
+import torch
+
+from graphfuse.kernels import _replay
+from graphfuse.kernels._replay import current, repeated
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    """Tensors on the CPU count as on a GPU."""
+    monkeypatch.setattr(_replay, "_index", lambda tensor: 0)
+    monkeypatch.setattr(_replay, "empty_strided", lambda *like: torch.empty_strided(like[0], like[1], dtype=like[2]))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+
+
+launches = []
+
+
+def kernel(x, y, z, stream, out, source, other, count, factor):
+    """Out = factor * source + other, of addresses."""
+    launches.append((x, y, z, stream))
+    given = [(ctypes.c_float * count).from_address(address) for address in (source, other)]
+    (ctypes.c_float * count).from_address(out)[:] = [factor * a + b for a, b in zip(*given, strict=True)]
+
+
+def launch(out, source, other, factor):
+    addresses = [tensor.data_ptr() for tensor in (out, source, other)]
+    values = [*addresses, source.numel(), factor]
+    kernel(4, 1, 1, 7, *values)
+    if current.recorder is not None:
+        current.recorder.launched(kernel, (4, 1, 1), values, [out, source, other, None, None])
+
+
+class Op:
+    """Counts how often its Python runs."""
+
+    def __init__(self, function):
+        self.function, self.ran = function, 0
+        self.call = repeated(self.run)
+
+    def run(self, *args):
+        self.ran += 1
+        return self.function(*args)
+
+
+def two_steps(x, other, factor):
+    between, out = torch.empty_like(x), x.new_empty(x.shape)
+    launch(between, x, other, factor)
+    launch(out, between, other, 1.0)
+    return out
+
+
+def check(op, expected, *sizes, times=5, ran=2):
+    results = []
+    for _ in range(times):
+        given = [torch.randn(size) for size in sizes]
+        found = op.call(*given, 3.0)
+        torch.testing.assert_close(found, expected(*given))
+        results.append((found, given))
+    for found, given in results:  # nothing was written over
+        torch.testing.assert_close(found, expected(*given))
+    assert op.ran == ran
+
+
+def test_third_call_launches_alone():
+    op = Op(two_steps)
+    check(op, lambda x, other: 3 * x + 2 * other, (2, 5), (2, 5))
+    assert launches[-1] == (4, 1, 1, 7)
+
+
+def test_other_kinds_are_other_calls():
+    op = Op(two_steps)
+    check(op, lambda x, other: 3 * x + 2 * other, (2, 5), (2, 5))
+    check(op, lambda x, other: 3 * x + 2 * other, (5, 2), (5, 2), ran=4)
+    x, other = torch.randn(2, 5), torch.randn(2, 5)
+    torch.testing.assert_close(op.call(x, other, 4.0), 4 * x + 2 * other)
+    assert op.ran == 5
+    x = torch.randn(11)[1:].view(2, 5)  # less aligned
+    torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + 2 * other)
+    assert op.ran == 6
+
+
+def test_parts_of_what_is_given_and_made():
+    def halves(packed, other, factor):
+        both = packed.new_empty(2, *other.shape)
+        launch(both[1], packed[1], other, factor)
+        launch(both[0], both[1], other, 1.0)
+        return both[0], both[1], both
+
+    def expected(packed, other):
+        second = 3 * packed[1] + other
+        return second + other, second, torch.stack((second + other, second))
+
+    check(Op(halves), expected, (2, 5), (5,))
+
+
+def test_changes_in_place():
+    def doubled(x, other, factor):
+        launch(x, x, other, factor)
+
+    op = Op(doubled)
+    for _ in range(4):
+        x, other = torch.randn(3), torch.randn(3)
+        expected = 3 * x + other
+        assert op.call(x, other, 3.0) is None
+        torch.testing.assert_close(x, expected)
+    assert op.ran == 2
+
+
+def test_empty_results_are_several_tensors():
+    def with_nothing(x, other, factor):
+        out = torch.empty_like(x)
+        launch(out, x, other, factor)
+        return out, x.new_empty(0), x.new_empty(0)
+
+    op = Op(with_nothing)
+    for _ in range(4):
+        x, other = torch.randn(3), torch.randn(3)
+        out, *nothing = op.call(x, other, 3.0)
+        torch.testing.assert_close(out, 3 * x + other)
+        assert [tensor.numel() for tensor in nothing] == [0, 0]
+        assert nothing[0] is not nothing[1]
+    assert op.ran == 2
+
+
+def computes(x, other, factor):
+    out = torch.empty_like(x)
+    launch(out, x, other + 0, factor)
+    return out
+
+
+def copies(x, other, factor):
+    out = torch.empty_like(x)
+    launch(out, x.mT.contiguous().mT.contiguous(), other, factor)
+    return out
+
+
+def fills(x, other, factor):
+    out = torch.zeros_like(x)
+    launch(out, x, other, factor)
+    return out
+
+
+def asks(x, other, factor):
+    out = torch.empty_like(x)
+    launch(out, x, other, factor if bool((x < torch.inf).all()) else 0.0)
+    return out
+
+
+def returns_what_it_was_given(x, other, factor):
+    launch(x, x, other, factor)
+    return x
+
+
+@pytest.mark.parametrize("function", [computes, copies, fills, asks])
+def test_what_does_more_runs_as_it_is(function):
+    check(Op(function), lambda x, other: 3 * x + other, (2, 5), (2, 5), ran=5)
+
+
+def test_returned_arguments_are_not_made_again():
+    op = Op(returns_what_it_was_given)
+    for _ in range(4):
+        x, other = torch.randn(3), torch.randn(3)
+        assert op.call(x, other, 3.0) is x
+    assert op.ran == 4
+
+
+def test_one_tensor_in_two_places_says_nothing_of_two():
+    op = Op(two_steps)
+    for _ in range(3):
+        x = torch.randn(4)
+        torch.testing.assert_close(op.call(x, x, 3.0), 5 * x)
+    assert op.ran == 3
+    x, other = torch.randn(4), torch.randn(4)
+    torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + 2 * other)
+
+
+def test_parts_of_one_tensor_are_told_apart():
+    """Gate and up of one projection lie in one storage; the next ones may not."""
+    op = Op(two_steps)
+    for _ in range(3):
+        x, other = torch.randn(2, 4)
+        torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + 2 * other)
+    x, other = torch.randn(4), torch.randn(4)
+    torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + 2 * other)
+    assert op.ran == 2
+
+    def of_a_part(x, other, factor):
+        out = torch.empty_like(x)
+        launch(out, x.view(2, 2)[1:].expand(2, 2), other, factor)  # which of the two it is cut out of is not known
+        return out
+
+    op = Op(of_a_part)
+    for _ in range(3):
+        op.call(*torch.randn(2, 4), 3.0)
+    assert op.ran == 3
+
+
+def test_ops_within_ops_are_part_of_the_call():
+    inner = Op(two_steps)
+    outer = Op(inner.call)
+    check(outer, lambda x, other: 3 * x + 2 * other, (3,), (3,))
+
+
+def test_other_classes_of_tensors_run_as_they_are():
+    op = Op(lambda x, factor: x * factor)
+    x = torch.randn(3).as_subclass(type("Tensor", (torch.Tensor,), {}))
+    for _ in range(4):
+        assert type(op.call(x, 2.0)) is type(x)
+    assert op.ran == 4
+
+
+def test_keeps_no_more_than_so_many(monkeypatch):
+    monkeypatch.setattr(_replay, "MAX_CALLS", 3)
+    op = Op(two_steps)
+    for size in (1, 2, 3, 4, 5):
+        check(op, lambda x, other: 3 * x + 2 * other, (size,), (size,), ran=2)
+        op.ran = 0
+
+
+def test_errors_of_a_call_that_is_listened_to():
+    def fails(x, factor):
+        raise ValueError("no such thing")
+
+    op = Op(fails)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no such thing"):
+            op.call(torch.randn(3), 1.0)
+    assert current.recorder is None

@@ -34,7 +34,8 @@ def implement(name: str, function: Callable[..., Any], *, repeats: bool = False)
         function: Takes all of its arguments, in their order.
         repeats: Whether its calls on a GPU are worth recording: it does little but launch kernels.
     """
-    function = repeated(function) if repeats else function
+    if repeats:
+        function = repeated(function, getattr(torch.ops.graphfuse, name).default._schema)
     torch.library.impl(f"graphfuse::{name}", "default", function)
     setattr(direct, name, function)
 

@@ -9,6 +9,7 @@ Only what makes tensors and launches kernels, and does nothing else, can be made
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -45,44 +46,61 @@ class Step(NamedTuple):
     run: Callable[..., None]
     grid: tuple[int, ...]
     values: list[Any]
-    addresses: tuple[tuple[int, int, int], ...]
-    """Place among the values, number of the tensor (those that are given, then those that are made), and bytes from its
+    addresses: dict[int, tuple[int, int]]
+    """Place among the values: number of the tensor (those that are given, then those that are made), and bytes from its
     first element."""
 
 
 class Result(NamedTuple):
     """What is returned: a tensor that was made, or what is cut out of it."""
 
-    made: int
+    number: int
     cut: tuple[tuple[int, ...], tuple[int, ...], int] | None
 
 
 class Call(NamedTuple):
     """What a call does."""
 
-    made: tuple[Like, ...]
-    steps: tuple[Step, ...]
-    results: Result | tuple[Result, ...] | None
+    given: int
+    made: list[Like]
+    steps: list[Step]
+    results: Result | list[Result] | None
 
-    def again(self, tensors: list[Tensor], index: int) -> Any:
-        """Do it on other tensors of the same kinds, on the current device, whose index this is."""
-        made = [empty_strided(*like) for like in self.made]
-        starts = [tensor.data_ptr() for tensor in (*tensors, *made)]
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        for run, grid, values, addresses in self.steps:
-            handed = values.copy()
-            for place, number, offset in addresses:
-                handed[place] = starts[number] + offset
-            run(*grid, stream, *handed)
-        if self.results is None:
-            return None
+    def function(self, index: int) -> Callable[..., Any]:
+        """What does it on other tensors of the same kinds, on the current device, whose index this is.
+
+        A function of its own for each call: to loop over what there is to do takes twice as long.
+        """
+        names: dict[str, Any] = {}
+
+        def name(value: Any) -> str:
+            names[f"c{len(names)}"] = value
+            return f"c{len(names) - 1}"
+
+        def address(number: int, offset: int) -> str:
+            return f"t{number}.data_ptr() + {offset}" if offset else f"t{number}.data_ptr()"
+
+        def returned(result: Result) -> str:
+            cut = "" if result.cut is None else f".as_strided(*{name(result.cut)})"
+            return f"t{result.number}{cut}"
+
+        lines = [f"def call({', '.join(f't{number}' for number in range(self.given))}):"]
+        for number, like in enumerate(self.made, self.given):
+            lines.append(f"t{number} = {name(empty_strided)}(*{name(like)})")
+        lines.append(f"stream = {name(torch._C._cuda_getCurrentRawStream)}({index})")
+        for step in self.steps:
+            values = [
+                address(*step.addresses[place]) if place in step.addresses else name(value)
+                for place, value in enumerate(step.values)
+            ]
+            lines.append(f"{name(step.run)}({', '.join([*map(str, step.grid), 'stream', *values])})")
         if isinstance(self.results, Result):
-            return _cut(made[self.results.made], self.results.cut)
-        return tuple(_cut(made[result.made], result.cut) for result in self.results)
-
-
-def _cut(tensor: Tensor, cut: tuple[tuple[int, ...], tuple[int, ...], int] | None) -> Tensor:
-    return tensor if cut is None else tensor.as_strided(*cut)
+            lines.append(f"return {returned(self.results)}")
+        elif self.results is not None:
+            lines.append(f"return ({''.join(f'{returned(result)}, ' for result in self.results)})")
+        exec("\n    ".join(lines), names)
+        function: Callable[..., Any] = names["call"]
+        return function
 
 
 class CannotRepeat(Exception):
@@ -111,8 +129,8 @@ class _Recorder(TorchDispatchMode):
 
     def launched(self, run: Callable[..., None], grid: tuple[int, ...], values: list[Any], of: list[Any]) -> None:
         """Note a launch; `of` has the tensor in the place of every address."""
-        found = [(place, *self._find(tensor)) for place, tensor in enumerate(of) if isinstance(tensor, Tensor)]
-        self.steps.append(Step(run, grid, values, tuple(found)))
+        found = {place: self._find(tensor) for place, tensor in enumerate(of) if isinstance(tensor, Tensor)}
+        self.steps.append(Step(run, grid, values, found))
 
     def _find(self, tensor: Tensor) -> tuple[int, int]:
         """The number of the tensor that this is, or is cut out of, and where it begins in it."""
@@ -137,17 +155,21 @@ class _Recorder(TorchDispatchMode):
         is_clear = len(addresses) == len(self.tensors) and all(tensor.device == device for tensor in self.made)
         if self.fails or not is_clear:
             raise CannotRepeat
-        made = tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in self.made)
+        made = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in self.made]
+        results: Result | list[Result] | None = None
         if isinstance(returned, tuple | list):
-            return Call(made, tuple(self.steps), tuple(map(self._result, returned)))
-        return Call(made, tuple(self.steps), None if returned is None else self._result(returned))
+            results = [self._result(tensor) for tensor in returned]
+        elif returned is not None:
+            results = self._result(returned)
+        return Call(len(self.tensors), made, self.steps, results)
 
     def _result(self, tensor: Tensor) -> Result:
-        for number, other in enumerate(self.made):
+        made = list(enumerate(self.made, len(self.tensors)))
+        for number, other in made:
             if other is tensor:
                 return Result(number, None)
         storage = tensor.untyped_storage().data_ptr()
-        for number, other in enumerate(self.made):
+        for number, other in made:
             if other.dtype == tensor.dtype and other.untyped_storage().data_ptr() == storage != 0:
                 return Result(number, (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
         raise CannotRepeat
@@ -160,39 +182,55 @@ class _Current(threading.local):
 
 
 current = _Current()
-_forgettable: list[dict[Any, Any]] = []
+_forgettable: list[dict[Any, Any] | set[Any]] = []
 
 
-def repeated(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have calls of an op on a GPU made again, from the third of each kind on."""
-    known: dict[tuple[Any, ...], Call | str] = {}
-    _forgettable.append(known)
+def repeated(function: Callable[..., Any], schema: torch._C.FunctionSchema) -> Callable[..., Any]:
+    """Have calls of an op on a GPU made again, from the third of each kind on.
+
+    Args:
+        function: What the op does; takes all of its arguments, in their order.
+        schema: Of the op, whose first argument is a tensor.
+    """
+    known: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
+    seen: set[tuple[Any, ...]] = set()
+    _forgettable.extend((known, seen))
+    types = [str(argument.type) for argument in schema.arguments]
+    tensor_places = [place for place, kind in enumerate(types) if "Tensor" in kind]
+    list_places = [place for place, kind in enumerate(types) if "List" in kind]
+    others = [place for place in range(len(types)) if place not in {*tensor_places, *list_places}]
+    rest = operator.itemgetter(*others) if len(others) > 1 else lambda args: tuple(args[place] for place in others)
 
     def call(*args: Any) -> Any:
-        tensors: list[Tensor] = []
-        kinds: list[Any] = []
-        for arg in args:
-            if type(arg) in PLAIN:
-                tensors.append(arg)
-                kinds += (arg.shape, arg.stride(), arg.dtype, arg.data_ptr() % 16 == 0)
-            elif isinstance(arg, Tensor):
-                return function(*args)
-            else:
-                kinds.append(tuple(arg) if isinstance(arg, list) else arg)
-        index = _index(tensors[0])
+        index = _index(args[0])
         if index is None or current.recorder is not None:
             return function(*args)
-        key = (index, *kinds)
-        found = known.get(key)
-        if isinstance(found, Call):
-            return found.again(tensors, index)
-        if found == "seen":
-            result, known[key] = _record(function, args, tensors)
+        tensors: list[Tensor] = []
+        kinds: list[Any] = [index, *rest(args)]
+        for place in tensor_places:
+            arg = args[place]
+            if arg is None:
+                kinds.append(None)
+            elif type(arg) in PLAIN:
+                tensors.append(arg)
+                kinds += (arg.shape, arg.stride(), arg.dtype, arg.data_ptr() % 16 == 0)
+            else:
+                return function(*args)
+        for place in list_places:
+            kinds.append(tuple(args[place]))
+        key = tuple(kinds)
+        again = known.get(key)
+        if again is not None:
+            return again(*tensors)
+        if key in known:
+            return function(*args)
+        if key in seen:
+            result, known[key] = _record(function, args, tensors, index)
             return result
-        if found is None:
-            if len(known) >= MAX_CALLS:
-                known.clear()
-            known[key] = "seen"
+        if len(seen) >= MAX_CALLS:
+            seen.clear()
+            known.clear()
+        seen.add(key)
         return function(*args)
 
     return call
@@ -204,8 +242,10 @@ def _index(tensor: Tensor) -> int | None:
     return index if index >= 0 and index == torch.cuda.current_device() else None
 
 
-def _record(function: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor]) -> tuple[Any, Call | str]:
-    """The result of a call, and what it did, or that it cannot be repeated."""
+def _record(
+    function: Callable[..., Any], args: tuple[Any, ...], tensors: list[Tensor], index: int
+) -> tuple[Any, Callable[..., Any] | None]:
+    """The result of a call, and what makes it again; None if it cannot be."""
     recorder = _Recorder(tensors)
     current.recorder = recorder
     try:
@@ -214,9 +254,9 @@ def _record(function: Callable[..., Any], args: tuple[Any, ...], tensors: list[T
     finally:
         current.recorder = None
     try:
-        return result, recorder.call(result, tensors[0].device)
+        return result, recorder.call(result, tensors[0].device).function(index)
     except CannotRepeat:
-        return result, "as it is"
+        return result, None
 
 
 def forget() -> None:

@@ -184,4 +184,11 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
     except Exception as error:
         log.debug("%s is launched by Triton: %s", compiled.name, error, exc_info=error)
         return None
-    return Launcher(static.run, operator.itemgetter(*where))
+    # What its `run` does, which finds out anew in every call what else the kernel takes.
+    extra = (None,) * (static.has_global_scratch + static.has_profile_scratch)
+    options = (static.num_warps, static.shared, static.arg_tys + "O" * len(extra))
+
+    def run(x: int, y: int, z: int, stream: int, *values: Any) -> None:
+        static.C_impl._launch_kernel(static.function, x, y, z, *options, (*values, *extra), stream)
+
+    return Launcher(run, operator.itemgetter(*where))

@@ -22,11 +22,11 @@ def launched(monkeypatch):
         calls.append(("load", kernel.name, index))
         kernel.function = 7
 
-    def run(kernel, *grid_stream_and_args):
-        calls.append((kernel.arg_tys, grid_stream_and_args))
+    def launch_kernel(*args):
+        calls.append(args)
 
     monkeypatch.setattr(StaticallyLaunchedCudaKernel, "load_kernel", load)
-    monkeypatch.setattr(StaticallyLaunchedCudaKernel, "run", run)
+    monkeypatch.setattr(StaticallyLaunchedCudaKernel, "C_impl", SimpleNamespace(_launch_kernel=launch_kernel))
     return calls
 
 
@@ -54,7 +54,8 @@ def test_hands_over_all_but_constants(launched):
     launcher = launcher_by_torch(compiled(SIGNATURE), ARGS, 1)
     values = launcher.pick([4096, None, 40, 1, 2**40, 3, 4, 0.5, 6])
     launcher.run(8, 2, 1, 91, *values)
-    assert launched == [("load", "kernel", 1), ("Oilfi", (8, 2, 1, 91, 4096, 40, 2**40, 0.5, 6))]
+    values = (4096, 40, 2**40, 0.5, 6, None, None)  # and no memory of its own, which the kernel takes all the same
+    assert launched == [("load", "kernel", 1), (7, 8, 2, 1, 4, 16, "OilfiOO", values, 91)]
 
 
 @pytest.mark.parametrize(

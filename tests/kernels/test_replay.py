@@ -38,9 +38,9 @@ def launch(out, source, other, factor):
 class Op:
     """Counts how often its Python runs."""
 
-    def __init__(self, function):
+    def __init__(self, function, schema="op(Tensor x, Tensor other, float factor) -> Tensor"):
         self.function, self.ran = function, 0
-        self.call = repeated(self.run)
+        self.call = repeated(self.run, torch._C.parse_schema(schema))
 
     def run(self, *args):
         self.ran += 1
@@ -96,6 +96,23 @@ def test_parts_of_what_is_given_and_made():
         return second + other, second, torch.stack((second + other, second))
 
     check(Op(halves), expected, (2, 5), (5,))
+
+
+def test_optional_tensors_and_lists():
+    def strided(x, other, stride, factor):
+        out = torch.empty_strided(x.shape, stride)
+        launch(out, x, x if other is None else other, factor)
+        return out
+
+    op = Op(strided, "op(Tensor x, Tensor? other, SymInt[] stride, float factor) -> Tensor")
+    for stride in ([2, 1], [1, 2]):
+        for _ in range(4):
+            x, other = torch.randn(2, 2), torch.randn(2, 2)
+            found = op.call(x, other, stride, 3.0)
+            assert found.stride() == tuple(stride)
+            torch.testing.assert_close(found.as_strided((2, 2), (2, 1)), 3 * x + other)
+            torch.testing.assert_close(op.call(x, None, stride, 2.0).as_strided((2, 2), (2, 1)), 3 * x)
+    assert op.ran == 8
 
 
 def test_changes_in_place():
@@ -207,7 +224,7 @@ def test_ops_within_ops_are_part_of_the_call():
 
 
 def test_other_classes_of_tensors_run_as_they_are():
-    op = Op(lambda x, factor: x * factor)
+    op = Op(lambda x, factor: x * factor, "op(Tensor x, float factor) -> Tensor")
     x = torch.randn(3).as_subclass(type("Tensor", (torch.Tensor,), {}))
     for _ in range(4):
         assert type(op.call(x, 2.0)) is type(x)
@@ -223,11 +240,11 @@ def test_keeps_no_more_than_so_many(monkeypatch):
 
 
 def test_errors_of_a_call_that_is_listened_to():
-    def fails(x, factor):
+    def fails(x, other, factor):
         raise ValueError("no such thing")
 
     op = Op(fails)
     for _ in range(3):
         with pytest.raises(ValueError, match="no such thing"):
-            op.call(torch.randn(3), 1.0)
+            op.call(torch.randn(3), torch.randn(3), 1.0)
     assert current.recorder is None

@@ -101,8 +101,15 @@ def _trial(match: Match, shadow: Shadow) -> tuple[Any, _Trial]:
 
 @contextlib.contextmanager
 def _by_itself() -> Iterator[None]:
-    """Outside all modes of the code that is compiled."""
+    """Outside all modes of the code that is compiled, and in one thread.
+
+    The numbers are few, and the processes that compile kernels keep all processors busy: threads that wait for each
+    other would wait for these.
+    """
+    threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
+        torch.set_num_threads(1)
+        stack.callback(torch.set_num_threads, threads)
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for device_type in ("cpu", "cuda"):

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -74,7 +75,7 @@ def ahead(mode: FakeTensorMode | None = None) -> Iterator[None]:
 
 
 def wake() -> None:
-    """Have Inductor start its processes, if it has any and they are not there.
+    """Have Inductor start its processes, if it has any and they are not there, and Triton get ready, in a thread.
 
     They take seconds, as Dynamo's tracing does: so it is best done before, where a GPU is in use.
     """
@@ -84,6 +85,26 @@ def wake() -> None:
         AsyncCompile.wakeup()
     except Exception as error:
         log.debug("kernels are compiled in threads: %s", error)
+    _getting_ready()
+
+
+@functools.cache
+def _getting_ready() -> threading.Thread:
+    thread = threading.Thread(target=_get_ready, name="graphfuse-triton", daemon=True)
+    thread.start()
+    return thread
+
+
+def _get_ready() -> None:
+    """Do what Triton does before it compiles a first kernel: have a driver compiled, and read all files of its own."""
+    try:
+        from triton.runtime.cache import triton_key
+        from triton.runtime.driver import driver
+
+        driver.active.get_current_target()
+        triton_key()
+    except Exception as error:
+        log.debug("Triton gets ready when it compiles: %s", error)
 
 
 @functools.cache
@@ -95,6 +116,7 @@ def _forget() -> None:
     """A child has no threads, and hears of nothing."""
     _pending.clear()
     _threads.cache_clear()
+    _getting_ready.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -156,6 +178,8 @@ def wait_for(kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> 
 def _ask(do: Callable[..., None], kernel: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Call `do` with what Triton would compile now, if it has not already."""
     from triton import knobs
+
+    _getting_ready().join()
 
     def instead(**what: Any) -> bool:
         do(kernel, (f"{kernel.fn.__module__}.{kernel.fn.__qualname__}", what["key"]), what["compile"])

@@ -162,7 +162,7 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
     """What launches Inductor's own kernels on NVIDIA's GPUs: twice as fast, and no C compiler is run for it.
 
     None for kernels that it does not know: that read tensors by descriptors, or ask for attributes of a launch. Nor
-    where a profiler of Triton's listens, which would not hear of it.
+    where a profiler of Triton's listens, which would not hear of it, or the user has switched it off.
     """
     wanted = compiled.metadata
     types: list[str] = []
@@ -170,9 +170,12 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
         types += kind if isinstance(kind, tuple) else [kind] * (len(argument) if isinstance(argument, tuple) else 1)
     where = [place for place, kind in enumerate(types) if kind != "constexpr"]
     try:
+        from torch._inductor import config
         from torch._inductor.runtime.static_triton_launcher import StaticallyLaunchedCudaKernel
 
-        if torch.version.hip or wanted.launch_pdl or wanted.launch_cooperative_grid or _is_watched():
+        if torch.version.hip or not config.use_static_triton_launcher or _is_watched():
+            return None
+        if wanted.launch_pdl or wanted.launch_cooperative_grid:
             return None
         flat = SimpleNamespace(fn=compiled.src.fn, signature={k: types[k] for k in where}, constants={})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

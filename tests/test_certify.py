@@ -243,3 +243,17 @@ def test_code_as_it_is_runs_without_cudnn(monkeypatch, is_enabled):
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert [is_on for name, exact, is_on in seen if name == "_region" and not exact] == [False]
     assert [is_on for name, exact, is_on in seen if name == "_replacement" or exact] == [is_enabled] * 3
+
+
+def test_proofs_take_one_thread(monkeypatch):
+    """Others may be waiting for a processor, where the processes that compile kernels have them all."""
+    threads, run, before = [], module._Trial.run, torch.get_num_threads()
+    monkeypatch.setattr(module._Trial, "run", lambda trial: threads.append(torch.get_num_threads()) or run(trial))
+    match, shadow = found_in(llama_norm, torch.randn(4, 8), torch.randn(8))
+    torch.set_num_threads(3)
+    try:
+        assert certify(match, shadow) is None
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,6 +123,19 @@ def test_processes_start_before_dynamo_traces_where_a_gpu_is_in_use(in_use, monk
     monkeypatch.setattr(backend, "wake", lambda: woken.append(True))
     graphfuse.optimize(torch.nn.Linear(2, 2))
     assert woken == [True] * in_use
+
+
+def test_triton_gets_ready_once_in_a_thread(monkeypatch):
+    ran = []
+    monkeypatch.setattr(_ahead, "_get_ready", lambda: ran.append(threading.current_thread().name))
+    _ahead._getting_ready.cache_clear()
+    try:
+        _ahead.wake()
+        _ahead.wake()
+        _ahead._getting_ready().join()
+    finally:
+        _ahead._getting_ready.cache_clear()
+    assert ran == ["graphfuse-triton"]
 
 
 def test_fake_tensors_lie_where_real_ones_might():

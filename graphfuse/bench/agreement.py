@@ -26,7 +26,7 @@ PART = BUCKETS << 14  # elements at a time
 FACTOR = 4.0  # of eager's own error: two as good as it are twice that apart, and one may be luckier
 VALUES = ("loss", "logits")  # the names among gradients that are none
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-# Relative errors that prove nothing, of results and of gradients.
+# Relative errors that prove nothing: of a loss, and of logits and gradients.
 FLOORS = {"bfloat16": (2e-3, 2e-2), "float16": (5e-4, 4e-3), "float32": (1e-5, 1e-4)}
 SMALL = 1e-3  # of the largest gradient's norm: what is smaller counts as if it were as large
 
@@ -79,7 +79,7 @@ def compare(found: Sketches, wanted: Sketches, truth: Sketches | None, dtype: st
     for name, tensor in wanted.items():
         is_value = name in VALUES
         own = float((tensor - truth[name]).norm()) if truth is not None and name in truth else 0.0
-        least = FLOORS[dtype][0 if is_value else 1] * max(norms[name], 0.0 if is_value else SMALL * largest)
+        least = FLOORS[dtype][0 if name == "loss" else 1] * max(norms[name], 0.0 if is_value else SMALL * largest)
         apart = _Apart(name, float((found[name] - tensor).norm()), FACTOR * max(own, least), norms[name])
         (values if is_value else gradients).append(apart)
     worst = max(gradients, key=lambda apart: apart.excess, default=None)

@@ -94,7 +94,12 @@ def main(
     device: Annotated[str, typer.Option(help="Where to run; the GPU if there is one.")] = "",
     mode: Annotated[str | None, typer.Option(help="Inductor's mode, such as reduce-overhead.")] = None,
     inner: Annotated[str, typer.Option(help="What compiles the graph that graphfuse rewrote.")] = "inductor",
-    one_process: Annotated[bool, typer.Option(help="Run all variants in this process, one after the other.")] = False,
+    one_process: Annotated[
+        bool,
+        typer.Option(
+            help="Run all variants in this process. The profiler stays: launches of all but the first take longer."
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for model.json and model.png.")] = Path("build/bench"),
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures there, too.")] = None,
     list_names: Annotated[bool, typer.Option("--list", help="List the workloads and stop.")] = False,

@@ -24,6 +24,7 @@ class Row:
         compile_s: the same less the median step.
         value: the loss, or the mean of the logits where there is no loss.
         where_ms: of one step under the profiler, by category: time of kernels, on a CPU of operations.
+        clock_mhz: of a GPU's multiprocessors during the timed steps, and `watts` what it drew, where the driver says.
         rewritten: computations by pattern, as in `Report.counts`.
         sites: how many sites of each pattern are of which variant: what of a mask is known at compile time, is here.
         calls: of these steps, where a kernel decides on every call, as in `Report.calls`.
@@ -51,6 +52,8 @@ class Row:
     compile_s: float = 0.0
     value: float = 0.0
     where_ms: dict[str, float] = field(default_factory=dict)
+    clock_mhz: float | None = None
+    watts: float | None = None
     rewritten: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     sites: dict[str, dict[str, int]] = field(default_factory=dict)

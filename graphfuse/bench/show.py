@@ -85,6 +85,9 @@ def where(rows: Sequence[Row], on: str) -> Table | None:
         found.add_row(name, *(_ms(row.where_ms[name]) if name in row.where_ms else "" for row in profiled))
     found.add_section()
     found.add_row("all", *(_ms(sum(row.where_ms.values())) for row in profiled))
+    if any(row.clock_mhz for row in profiled):
+        found.add_row("clock in MHz", *(f"{row.clock_mhz:.0f}" if row.clock_mhz else "" for row in profiled))
+        found.add_row("power in W", *(f"{row.watts:.0f}" if row.watts else "" for row in profiled))
     return found
 
 

@@ -26,6 +26,7 @@ import graphfuse
 from graphfuse.backend import calls, pattern_names
 from graphfuse.bench import profiles
 from graphfuse.bench.agreement import WIDER, sketch
+from graphfuse.bench.power import Meter
 from graphfuse.bench.rows import Measured, Settings, Sketches, row_of
 from graphfuse.bench.workloads import DTYPES, Workload, build, moved, recompute_layers
 from graphfuse.config import MEMORY
@@ -79,7 +80,8 @@ def measure(workload: Workload, variant: str, settings: Settings) -> Measured:
         sketches = _sketches(step, model)
         for _ in range(WARM_UP):
             step()
-        times, peak = _timed(step, device, settings.repeats)
+        with Meter(device) as meter:
+            times, peak = _timed(step, device, settings.repeats)
         profiled, note = _profiled(step, device)
     median = statistics.median(times)
     tokens = workload.batch * (1 if workload.phase == "decode" else workload.seq)
@@ -100,6 +102,8 @@ def measure(workload: Workload, variant: str, settings: Settings) -> Measured:
         compile_s=max(first - median / 1e3, 0.0),
         value=value,
         where_ms=profiled.by_category,
+        clock_mhz=meter.clock_mhz,
+        watts=meter.watts,
         **known,
     )
     if variant != "eager" or not settings.truth:

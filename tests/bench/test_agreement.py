@@ -65,6 +65,14 @@ def test_says_what_is_too_far_apart(found, verdict):
     assert difference.verdict == verdict
 
 
+def test_logits_may_be_as_far_apart_as_gradients():
+    """They are many numbers at the end of many layers; a loss is a mean."""
+    wanted, near, far = (sketches(logits=torch.full((50,), size)) for size in (1.0, 1.05, 1.1))
+    assert compare(near, wanted, None, "bfloat16").verdict == ""
+    verdict = compare(far, wanted, None, "bfloat16").verdict
+    assert verdict == "logits: expected a relative difference of at most 8.0e-02, got 1.0e-01"
+
+
 def test_a_gradient_that_is_missing_is_wrong():
     assert compare(sketches(loss=10.0), sketches(loss=10.0, w=[1.0, 2]), None, "float32").verdict == (
         "w: expected a gradient, got none"

@@ -64,6 +64,14 @@ def test_says_where_the_time_goes():
     assert where(ROWS[:1], "kernel") is None
 
 
+def test_says_how_fast_the_clock_ran():
+    known = row_of(STEP, "inductor", step_ms=2.0, where_ms={"GEMM": 1.0}, clock_mhz=1712.4, watts=698.6)
+    rows = [line.split("│")[1:] for line in text_of(where([known, ROWS[2]], "kernel")).splitlines()]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:-1]] for row in rows if row}
+    assert cells["clock in MHz"] == ["1712", ""]
+    assert cells["power in W"] == ["699", ""]
+
+
 def test_a_chart_flags_what_disagrees():
     pytest.importorskip("matplotlib")
     rows = [*ROWS, row_of(Workload("llama", "llama", 2, 16, mask="ones"), "eager", step_ms=3.0, peak_gib=1.0)]

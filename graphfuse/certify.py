@@ -70,7 +70,7 @@ def prove(match: Match, shadow: Shadow) -> Proof:
         return Proof(f"certify: expected numbers to compare, got none in {nothing.node.name}")
     key, trial = _trial(match, shadow)
     if key not in _proved:
-        with _by_itself():
+        with _by_itself(match.anchor.tensor.device):
             _proved[key] = trial.run()
     return _proved[key]
 
@@ -80,7 +80,7 @@ def rehearse(match: Match, shadow: Shadow, ahead: Callable[[], contextlib.Abstra
     key, trial = _trial(match, shadow)
     if key not in _proved and key not in _rehearsed:
         _rehearsed.add(key)
-        with _by_itself(), ahead():
+        with _by_itself(match.anchor.tensor.device), ahead():
             trial.rehearse()
 
 
@@ -100,16 +100,16 @@ def _trial(match: Match, shadow: Shadow) -> tuple[Any, _Trial]:
 
 
 @contextlib.contextmanager
-def _by_itself() -> Iterator[None]:
-    """Outside all modes of the code that is compiled, and in one thread.
+def _by_itself(device: torch.device) -> Iterator[None]:
+    """Outside all modes of the code that is compiled; beside a GPU, on one processor.
 
-    The numbers are few, and the processes that compile kernels keep all processors busy: threads that wait for each
-    other would wait for these.
+    There the processes that compile kernels keep all processors busy: threads that wait for each other would wait for
+    these, and the numbers are few.
     """
-    threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        torch.set_num_threads(1)
-        stack.callback(torch.set_num_threads, threads)
+        if device.type == "cuda":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.random.fork_rng(devices=[]))
         for device_type in ("cpu", "cuda"):
@@ -119,13 +119,15 @@ def _by_itself() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_cudnn() -> Iterator[None]:
-    """Where PyTorch takes another kernel than cuDNN's, which spends seconds on code for every kind of call.
+def _without_cudnn(region: Sequence[Value]) -> Iterator[None]:
+    """Where attention in the region takes another of PyTorch's kernels: cuDNN makes code for every kind of call.
 
-    It is a setting of all threads.
+    That takes seconds. The setting is one of all threads, so it is changed for regions alone that attend.
     """
     was_enabled = cuda.cudnn_sdp_enabled()
-    cuda.enable_cudnn_sdp(was_enabled and not cuda.math_sdp_enabled())  # that one takes any call
+    attends = any(value.op is torch.ops.aten.scaled_dot_product_attention.default for value in region)
+    if attends and cuda.math_sdp_enabled():  # that one takes any call
+        cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
@@ -315,7 +317,7 @@ class _Trial:
         return None
 
     def _compare_real(self, truth: Sequence[Tensor], drawn: Sequence[Tensor], device: torch.device) -> str | None:
-        with _without_cudnn():  # for the code as it is
+        with _without_cudnn(self.region):
             theirs = self._one(self._region, drawn, exact=False, device=device)
         ours = self._one(self._replacement, drawn, exact=False, device=device)
         for name, t, a, b in zip(self._names(len(truth)), truth, theirs, ours, strict=True):

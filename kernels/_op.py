@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphfuse.kernels._ahead import ahead
-from graphfuse.kernels._replay import repeated
+from graphfuse.kernels._repeat import repeated
 from graphfuse.kernels._triton import HAS_TRITON
 
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)

@@ -144,7 +144,7 @@ def fastest(
 def load(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool, trains: bool) -> None:
     """Start to run each kernel once that `fastest` would measure for these; if it is known which is, that one.
 
-    And then for few tokens, as in a proof: cuDNN has other code for them.
+    And then for few tokens, as proofs have: cuDNN has other code for them, the same for other heads and sequences.
 
     In a thread, whose tensors, stream and random numbers are its own. Somebody has to wait for it: a graph that is
     captured meanwhile may hear of its allocations.

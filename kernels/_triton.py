@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphfuse.kernels import _ahead
 from graphfuse.kernels._descriptor import Described, as_passed
-from graphfuse.kernels._replay import current
+from graphfuse.kernels._repeat import current
 
 try:
     import triton
@@ -69,16 +69,24 @@ class Launcher(NamedTuple):
 # 20 us.
 MAX_LAUNCHERS = 4096
 _launchers: dict[tuple[Any, ...], Launcher] = {}
+# Of each compiled kernel on each GPU, by its id, and the kernel so that it keeps it: one serves many sizes, and what is
+# loaded stays, as a CUDA graph may launch it.
+_loaded: dict[tuple[int, int], tuple[Any, Launcher]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a kernel on the device of its first argument, a tensor; if that is fake, have it compiled ahead.
+
+    Calls of ops that are made again do not come here: they call what launched their kernels (`_repeat`).
 
     Args:
         kernel: A function that `triton.jit` was applied to.
         grid: How many programs, in up to three dims.
         args: Its first arguments.
         options: The others, which are constants, and options of the compiler.
+
+    Raises:
+        ValueError: a tensor is on another device than the first.
     """
     if _ahead.is_fake(args[0]):
         _ahead.hand_over(kernel, args, options)
@@ -96,6 +104,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     flat: list[Any] = []
     for argument in args:
         if isinstance(argument, Tensor):
+            if argument.get_device() != index:
+                raise ValueError(
+                    f"{kernel.fn.__name__}: expected tensors on cuda:{index}, got one on {argument.device}"
+                )
             address = argument.data_ptr()
             flat.append(address)
             kinds += (argument.dtype, address % 16 == 0)
@@ -112,8 +124,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if launcher is None:
         _ahead.wait_for(kernel, args, options)
         compiled = kernel.warmup(*map(as_passed, args), grid=grid, **options)
-        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-        launcher = launcher_by_torch(compiled, args, index) or _launcher_by_triton(compiled, constants)
+        _, launcher = _loaded.get((id(compiled), index), (None, None))
+        if launcher is None:
+            constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+            launcher = launcher_by_torch(compiled, args, index) or _launcher_by_triton(compiled, constants)
+            _loaded[id(compiled), index] = compiled, launcher
         if len(_launchers) >= MAX_LAUNCHERS:
             _launchers.clear()
         _launchers[key] = launcher
@@ -154,8 +169,8 @@ def _launcher_by_triton(compiled: Any, constants: tuple[Any, ...]) -> Launcher:
 
 def _is_watched() -> bool:
     """Whether a profiler of Triton's listens to launches."""
-    hooks = triton.knobs.runtime
-    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return any(bool(getattr(hook, "calls", hook)) for hook in hooks)  # chains of hooks, or one
 
 
 def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launcher | None:
@@ -194,4 +209,4 @@ def launcher_by_torch(compiled: Any, args: tuple[Any, ...], index: int) -> Launc
     def run(x: int, y: int, z: int, stream: int, *values: Any) -> None:
         static.C_impl._launch_kernel(static.function, x, y, z, *options, (*values, *extra), stream)
 
-    return Launcher(run, operator.itemgetter(*where))
+    return Launcher(run, operator.itemgetter(*where) if len(where) > 1 else lambda flat: tuple(flat[k] for k in where))

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from graphfuse.kernels import _op, _replay, _rms_norm_kernel, rms_norm
+from graphfuse.kernels import _op, _repeat, _rms_norm_kernel, rms_norm
 from graphfuse.kernels._triton import HAS_TRITON
 
 
 @pytest.fixture(autouse=True)
 def nothing_recorded():
     """Tests change what ops do."""
-    _replay.forget()
+    _repeat.forget()
     yield
-    _replay.forget()
+    _repeat.forget()
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))])

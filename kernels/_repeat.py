@@ -1,17 +1,17 @@
 """Calls of ops made again without what their Python has to find out.
 
 How tensors are strided, which tile fits them, what Triton compiled for them: the answers are the same in every step,
-and to find them takes longer than a small kernel runs. So the second call of an op on tensors of the same kind is
-recorded, the tensors that it makes and the kernels that it launches, and from then on these are made and launched.
+and to find them takes longer than a small kernel runs. So when an op has been called on tensors of the same kind a few
+times, a call is recorded: the tensors that it makes and the kernels that it launches. From then on these are made and
+launched.
 
 Only what makes tensors and launches kernels, and does nothing else, can be made again; other calls run as they are.
 """
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-MAX_CALLS = 4096  # that are remembered of an op
+RECORDED = 8  # which call of a kind is recorded: to do so takes as long as some calls, and some kinds never come back
+MAX_KINDS = 1024  # that are remembered of an op
+NEAR = 64  # bytes between tensors that an op may see: the halves of interleaved features, or the same one twice
 PLAIN = frozenset({Tensor, Parameter})  # other classes have ideas of their own
 MAKES = frozenset(
     {
@@ -156,23 +158,34 @@ class _Recorder(TorchDispatchMode):
         if self.fails or not is_clear:
             raise CannotRepeat
         made = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in self.made]
-        results: Result | list[Result] | None = None
-        if isinstance(returned, tuple | list):
-            results = [self._result(tensor) for tensor in returned]
-        elif returned is not None:
-            results = self._result(returned)
-        return Call(len(self.tensors), made, self.steps, results)
+        if returned is None or isinstance(returned, Tensor):
+            results = self._results([] if returned is None else [returned])
+            return Call(len(self.tensors), made, self.steps, results[0] if results else None)
+        return Call(len(self.tensors), made, self.steps, self._results(returned))
 
-    def _result(self, tensor: Tensor) -> Result:
-        made = list(enumerate(self.made, len(self.tensors)))
-        for number, other in made:
-            if other is tensor:
-                return Result(number, None)
-        storage = tensor.untyped_storage().data_ptr()
-        for number, other in made:
-            if other.dtype == tensor.dtype and other.untyped_storage().data_ptr() == storage != 0:
-                return Result(number, (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
-        raise CannotRepeat
+    def _results(self, returned: Sequence[Tensor]) -> list[Result]:
+        """What is returned, by the tensors that were made; what a caller got of these may be another object."""
+        results: list[Result] = []
+        for tensor in returned:
+            storage = tensor.untyped_storage().data_ptr()
+            used = [result.number for result in results]
+            found = [
+                number
+                for number, other in enumerate(self.made, len(self.tensors))
+                if other.dtype == tensor.dtype
+                and (
+                    other.untyped_storage().data_ptr() == storage
+                    if storage
+                    else number not in used and other.shape == tensor.shape  # nothing tells those without memory apart
+                )
+            ]
+            if not found:
+                raise CannotRepeat
+            other = self.made[found[0] - len(self.tensors)]
+            kind, offset = (tuple(tensor.shape), tensor.stride()), int(tensor.storage_offset())
+            is_whole = kind == (tuple(other.shape), other.stride()) and offset == 0
+            results.append(Result(found[0], None if is_whole else (*kind, offset)))
+        return results
 
 
 class _Current(threading.local):
@@ -182,64 +195,70 @@ class _Current(threading.local):
 
 
 current = _Current()
-_forgettable: list[dict[Any, Any] | set[Any]] = []
+_known: list[dict[Any, Any]] = []  # of all ops
 
 
 def repeated(function: Callable[..., Any], schema: torch._C.FunctionSchema) -> Callable[..., Any]:
-    """Have calls of an op on a GPU made again, from the third of each kind on.
+    """Have calls of an op on a GPU made again, once there were a few of their kind.
 
     Args:
         function: What the op does; takes all of its arguments, in their order.
-        schema: Of the op, whose first argument is a tensor.
+        schema: Of the op.
     """
-    known: dict[tuple[Any, ...], Callable[..., Any] | None] = {}
-    seen: set[tuple[Any, ...]] = set()
-    _forgettable.extend((known, seen))
+    known: dict[tuple[Any, ...], Callable[..., Any] | int | None] = {}  # or how many there were; None: it cannot be
+    _known.append(known)
     types = [str(argument.type) for argument in schema.arguments]
     tensor_places = [place for place, kind in enumerate(types) if "Tensor" in kind]
     list_places = [place for place, kind in enumerate(types) if "List" in kind]
     others = [place for place in range(len(types)) if place not in {*tensor_places, *list_places}]
-    rest = operator.itemgetter(*others) if len(others) > 1 else lambda args: tuple(args[place] for place in others)
 
     def call(*args: Any) -> Any:
-        index = _index(args[0])
-        if index is None or current.recorder is not None:
-            return function(*args)
+        kinds: list[Any] = [args[place] for place in others]
         tensors: list[Tensor] = []
-        kinds: list[Any] = [index, *rest(args)]
+        index, last = -1, 0
         for place in tensor_places:
             arg = args[place]
             if arg is None:
                 kinds.append(None)
-            elif type(arg) in PLAIN:
-                tensors.append(arg)
-                kinds += (arg.shape, arg.stride(), arg.dtype, arg.data_ptr() % 16 == 0)
-            else:
+                continue
+            if type(arg) not in PLAIN or (device := _index(arg)) < 0 or (tensors and device != index):
                 return function(*args)
+            address = arg.data_ptr()
+            near = address - last
+            kinds += (arg.shape, arg.stride(), arg.dtype, address % 16, near if -NEAR < near < NEAR else None)
+            tensors.append(arg)
+            index, last = device, address
+        if not tensors or current.recorder is not None or not _may_repeat(index):
+            return function(*args)
         for place in list_places:
             kinds.append(tuple(args[place]))
-        key = tuple(kinds)
-        again = known.get(key)
-        if again is not None:
-            return again(*tensors)
-        if key in known:
+        key = (index, *kinds)
+        again = known.get(key, 0)
+        if again is None:
             return function(*args)
-        if key in seen:
+        if not isinstance(again, int):
+            return again(*tensors)
+        if again + 1 == RECORDED:
             result, known[key] = _record(function, args, tensors, index)
             return result
-        if len(seen) >= MAX_CALLS:
-            seen.clear()
-            known.clear()
-        seen.add(key)
+        if again == 0 and len(known) >= MAX_KINDS:
+            for old in list(known)[: MAX_KINDS // 2]:
+                known.pop(old, None)  # another thread may do the same
+        known[key] = again + 1
         return function(*args)
 
     return call
 
 
-def _index(tensor: Tensor) -> int | None:
-    """Of the device, if that is the current GPU."""
-    index = tensor.get_device()
-    return index if index >= 0 and index == torch.cuda.current_device() else None
+def _index(tensor: Tensor) -> int:
+    """Of the GPU that the tensor is on; -1 if it is on none."""
+    return tensor.get_device() if tensor.is_cuda else -1
+
+
+def _may_repeat(index: int) -> bool:
+    """Whether launches go to this GPU, and nobody wants memory filled that is not written yet."""
+    fills = torch.are_deterministic_algorithms_enabled() and torch._C._get_deterministic_fill_uninitialized_memory()
+    return not fills and index == torch.cuda.current_device()
 
 
 def _record(
@@ -261,5 +280,5 @@ def _record(
 
 def forget() -> None:
     """Drop all that was recorded (after a kernel was changed in place, as tests do)."""
-    for known in _forgettable:
+    for known in _known:
         known.clear()

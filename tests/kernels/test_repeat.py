@@ -5,15 +5,17 @@ import ctypes
 import pytest
 import torch
 
-from graphfuse.kernels import _replay
-from graphfuse.kernels._replay import current, repeated
+from graphfuse.kernels import _repeat
+from graphfuse.kernels._repeat import current, repeated
 
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    """Tensors on the CPU count as on a GPU."""
-    monkeypatch.setattr(_replay, "_index", lambda tensor: 0)
-    monkeypatch.setattr(_replay, "empty_strided", lambda *like: torch.empty_strided(like[0], like[1], dtype=like[2]))
+    """Tensors on the CPU count as on a GPU, and the second call of a kind is recorded."""
+    monkeypatch.setattr(_repeat, "_index", lambda tensor: 0)
+    monkeypatch.setattr(_repeat, "_may_repeat", lambda index: True)
+    monkeypatch.setattr(_repeat, "RECORDED", 2)
+    monkeypatch.setattr(_repeat, "empty_strided", lambda *like: torch.empty_strided(like[0], like[1], dtype=like[2]))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
 
 
@@ -54,12 +56,13 @@ def two_steps(x, other, factor):
     return out
 
 
-def check(op, expected, *sizes, times=5, ran=2):
+def check(op, expected, *sizes, times=5, ran=2, views=False):
     results = []
     for _ in range(times):
         given = [torch.randn(size) for size in sizes]
         found = op.call(*given, 3.0)
         torch.testing.assert_close(found, expected(*given))
+        assert views or not found._is_view()  # which could not be changed in place under autograd
         results.append((found, given))
     for found, given in results:  # nothing was written over
         torch.testing.assert_close(found, expected(*given))
@@ -95,7 +98,7 @@ def test_parts_of_what_is_given_and_made():
         second = 3 * packed[1] + other
         return second + other, second, torch.stack((second + other, second))
 
-    check(Op(halves), expected, (2, 5), (5,))
+    check(Op(halves), expected, (2, 5), (5,), views=True)
 
 
 def test_optional_tensors_and_lists():
@@ -200,9 +203,9 @@ def test_parts_of_one_tensor_are_told_apart():
     """Gate and up of one projection lie in one storage; the next ones may not."""
     op = Op(two_steps)
     for _ in range(3):
-        x, other = torch.randn(2, 4)
+        x, other = torch.randn(2, 40)
         torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + 2 * other)
-    x, other = torch.randn(4), torch.randn(4)
+    x, other = torch.randn(40), torch.randn(40)
     torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + 2 * other)
     assert op.ran == 2
 
@@ -232,11 +235,83 @@ def test_other_classes_of_tensors_run_as_they_are():
 
 
 def test_keeps_no_more_than_so_many(monkeypatch):
-    monkeypatch.setattr(_replay, "MAX_CALLS", 3)
+    monkeypatch.setattr(_repeat, "MAX_KINDS", 4)
     op = Op(two_steps)
-    for size in (1, 2, 3, 4, 5):
+    for size in range(1, 9):
         check(op, lambda x, other: 3 * x + 2 * other, (size,), (size,), ran=2)
         op.ran = 0
+    assert len(_repeat._known[-1]) <= 4
+    check(op, lambda x, other: 3 * x + 2 * other, (8,), (8,), ran=0)  # the newest are kept
+
+
+def test_records_what_comes_back_often_enough(monkeypatch):
+    monkeypatch.setattr(_repeat, "RECORDED", 8)
+    check(Op(two_steps), lambda x, other: 3 * x + 2 * other, (3,), (3,), times=12, ran=8)
+
+
+def test_takes_the_device_of_the_first_tensor_that_there_is(monkeypatch):
+    monkeypatch.setattr(_repeat, "_index", lambda tensor: tensor.dim() - 1)
+    devices = []
+    monkeypatch.setattr(_repeat, "_may_repeat", lambda index: devices.append(index) or True)
+
+    def optional(x, other, factor):
+        out = torch.empty_like(other)
+        launch(out, other if x is None else x, other, factor)
+        return out
+
+    op = Op(optional, "op(Tensor? x, Tensor other, float factor) -> Tensor")
+    for _ in range(4):
+        other = torch.randn(2, 3)
+        torch.testing.assert_close(op.call(None, other, 3.0), 4 * other)
+    assert op.ran == 2
+    assert devices == [1] * 4
+    for _ in range(3):  # on two devices
+        op.call(torch.randn(6), torch.randn(2, 3), 3.0)
+    assert op.ran == 5
+    assert devices == [1] * 4
+
+
+def test_tensors_beside_each_other_are_of_another_kind():
+    """As the interleaved halves of a projection, which a kernel reads in one load each."""
+
+    def interleaved(x, other, factor):
+        out = torch.empty(len(x))
+        is_paired = other.data_ptr() - x.data_ptr() == 4
+        launch(out, x, other, factor if is_paired else -factor)
+        return out
+
+    op = Op(interleaved)
+    apart = [torch.randn(4)[0::4], torch.randn(8)[4::4]]
+    for _ in range(4):
+        packed = torch.randn(2)
+        x, other = packed[0::2], packed[1::2]
+        torch.testing.assert_close(op.call(x, other, 3.0), 3 * x + other)
+        torch.testing.assert_close(op.call(*apart, 3.0), -3 * apart[0] + apart[1])
+    assert op.ran == 4
+
+
+def test_memory_that_is_to_be_filled_is(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert not _repeat._may_repeat(0)
+        torch.use_deterministic_algorithms(False)
+        assert _repeat._may_repeat(0)
+        assert not _repeat._may_repeat(1)
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_on_no_gpu_runs_as_it_is(monkeypatch, device):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("there is none"))
+    op = Op(lambda x, factor: x * factor, "op(Tensor x, float factor) -> Tensor")
+    for _ in range(3):
+        op.call(torch.ones(2, device=device), 2.0)
+    assert op.ran == 3
 
 
 def test_errors_of_a_call_that_is_listened_to():

@@ -216,7 +216,7 @@ def test_ways_are_timed_with_nothing_hidden(mask, monkeypatch, tmp_path):
     monkeypatch.setattr(_sdpa_times, "may_choose", lambda: True)
     for name, answer in {"_is_measurable": True, "_machine": {}, "_free_memory": 1 << 40}.items():
         monkeypatch.setattr(_sdpa_times, name, lambda _, answer=answer: answer)
-    monkeypatch.setattr(_sdpa_times, "_milliseconds", lambda run, _: takes[run.args[0]])
+    monkeypatch.setattr(_sdpa_times, "_milliseconds", lambda run: takes[run.args[0]])
 
     def way(query, key, value, seen, scale):
         assert mask is seen is None or (seen.float().exp() >= 1).all()

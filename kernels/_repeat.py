@@ -10,6 +10,7 @@ Only what makes tensors and launches kernels, and does nothing else, can be made
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -211,9 +212,10 @@ def repeated(function: Callable[..., Any], schema: torch._C.FunctionSchema) -> C
     tensor_places = [place for place, kind in enumerate(types) if "Tensor" in kind]
     list_places = [place for place, kind in enumerate(types) if "List" in kind]
     others = [place for place in range(len(types)) if place not in {*tensor_places, *list_places}]
+    rest = operator.itemgetter(*others) if len(others) > 1 else lambda args: tuple(args[place] for place in others)
 
     def call(*args: Any) -> Any:
-        kinds: list[Any] = [args[place] for place in others]
+        kinds: list[Any] = [*rest(args)]
         tensors: list[Tensor] = []
         index, last = -1, 0
         for place in tensor_places:

@@ -185,12 +185,14 @@ def test_leaves_it_to_pytorch_where_a_kernel_fails(gpu, monkeypatch):
     assert choose() is None
 
 
-def test_does_not_touch_random_numbers(gpu):
+@pytest.mark.parametrize("ask", [fastest, load])
+def test_does_not_touch_random_numbers(gpu, ask):
     inputs = states()
     torch.manual_seed(1)
     wanted = torch.rand(3)
     torch.manual_seed(1)
-    fastest(*inputs, is_causal=True, trains=True)
+    ask(*inputs, is_causal=True, trains=True)
+    wait_until_loaded()
     assert torch.equal(torch.rand(3), wanted)
 
 
@@ -284,16 +286,6 @@ def test_loads_nothing_where_memory_is_short(loaded, gpu):
     gpu.memory = 1 << 10
     load_and_wait()
     assert loaded == []
-
-
-def test_loading_does_not_touch_random_numbers(gpu):
-    inputs = states()
-    torch.manual_seed(1)
-    wanted = torch.rand(3)
-    torch.manual_seed(1)
-    load(*inputs, is_causal=True, trains=True)
-    wait_until_loaded()
-    assert torch.equal(torch.rand(3), wanted)
 
 
 @contextlib.contextmanager

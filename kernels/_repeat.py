@@ -36,9 +36,8 @@ MAKES = frozenset(
     }
 )
 
-empty_strided: Callable[..., Tensor] = vars(torch._C._dynamo.guards)[
-    "_empty_strided_cuda"
-]  # as generated code calls it
+# As generated code makes its tensors: half as long as torch.empty_strided.
+empty_strided: Callable[..., Tensor] = vars(torch._C._dynamo.guards)["_empty_strided_cuda"]
 
 Like = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape and strides of a tensor that is made
 

@@ -36,7 +36,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._ahead import is_fake
 from graphfuse.kernels._half_product import ALIGNED, add_product
 from graphfuse.kernels._op import VECTOR_BYTES
 from graphfuse.kernels._softmax_grad import Factors
@@ -151,8 +150,6 @@ def whole_loads(length: int, x: Tensor) -> list[slice]:
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """Write a @ b to `out`, or add it; `out` may be wider than the factors."""
-    if is_fake(out):  # PyTorch 2.11 cannot tell what a sum in a wider dtype would be, and logs that as an error
-        return
     if out.dtype != a.dtype and (not out.is_cuda or torch.version.hip):  # only CUDA multiplies into a wider dtype
         a, b = a.to(out.dtype), b.to(out.dtype)
     wider: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}

@@ -15,6 +15,23 @@ def nothing_recorded():
     _repeat.forget()
 
 
+@pytest.fixture
+def counts_as_gpu(monkeypatch):
+    """Tensors on the CPU count as on a GPU for calls that are made again, and the second call of a kind is recorded."""
+    monkeypatch.setattr(_repeat, "_index", lambda tensor: 0)
+    monkeypatch.setattr(_repeat, "_may_repeat", lambda index: True)
+    monkeypatch.setattr(_repeat, "RECORDED", 2)
+    monkeypatch.setattr(_repeat, "empty_strided", lambda *like: torch.empty_strided(like[0], like[1], dtype=like[2]))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
+
+
+@pytest.fixture
+def recordings(poisoned_memory):
+    """How many calls of ops are recorded; where memory is to be filled, none is."""
+    torch.use_deterministic_algorithms(False)
+    return lambda: sum(1 for known in _repeat._known for again in known.values() if callable(again))
+
+
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))])
 def path(request, monkeypatch, device):
     """Ops in torch operations, and as kernels."""

@@ -8,16 +8,7 @@ import torch
 from graphfuse.kernels import _repeat
 from graphfuse.kernels._repeat import current, repeated
 
-
-@pytest.fixture(autouse=True)
-def on_a_gpu(monkeypatch):
-    """Tensors on the CPU count as on a GPU, and the second call of a kind is recorded."""
-    monkeypatch.setattr(_repeat, "_index", lambda tensor: 0)
-    monkeypatch.setattr(_repeat, "_may_repeat", lambda index: True)
-    monkeypatch.setattr(_repeat, "RECORDED", 2)
-    monkeypatch.setattr(_repeat, "empty_strided", lambda *like: torch.empty_strided(like[0], like[1], dtype=like[2]))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-
+pytestmark = pytest.mark.usefixtures("counts_as_gpu")
 
 launches = []
 

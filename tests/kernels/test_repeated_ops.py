@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from graphfuse import ops
-from graphfuse.kernels import _op, _pairs, _repeat, _triton
+from graphfuse.kernels import _op, _pairs, _triton
 from graphfuse.kernels._repeat import current
 from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.kernels.grouped_attention import grouped_attention
@@ -55,22 +55,12 @@ def launch(kernel, grid, *args, **options):
 
 
 @pytest.fixture(autouse=True)
-def on_a_gpu(monkeypatch, poisoned_memory):
-    torch.use_deterministic_algorithms(False)  # where memory is to be filled, nothing is made again
+def on_a_gpu(monkeypatch, counts_as_gpu):
     theirs = _triton.launch
     for name, module in list(sys.modules.items()):
         if name.startswith("graphfuse.kernels.") and getattr(module, "launch", None) is theirs:
             monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(_op, "launches", lambda *operands: _op.compute_dtype(*operands) == torch.float32)
-    monkeypatch.setattr(_repeat, "_index", lambda tensor: 0)
-    monkeypatch.setattr(_repeat, "_may_repeat", lambda index: True)
-    monkeypatch.setattr(_repeat, "RECORDED", 2)
-    monkeypatch.setattr(_repeat, "empty_strided", lambda *like: torch.empty_strided(like[0], like[1], dtype=like[2]))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
-
-
-def recordings():
-    return sum(1 for known in _repeat._known for again in known.values() if callable(again))
 
 
 def heads(count=2):
@@ -136,14 +126,14 @@ def check(op, given, count):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_repeats(case):
+def test_repeats(case, recordings):
     op, inputs, count, recorded = CASES[case]
     for _ in range(CALLS):
         check(op, inputs(), count)
     assert recordings() == recorded
 
 
-def test_halves_that_lie_apart_are_no_pair():
+def test_halves_that_lie_apart_are_no_pair(recordings):
     """Of the same shapes, strides and alignment as the interleaved halves of one tensor."""
     for _ in range(CALLS):
         check(ops.glu, interleaved(), 2)
@@ -154,7 +144,7 @@ def test_halves_that_lie_apart_are_no_pair():
 
 
 @pytest.mark.parametrize("others", [4, 2])
-def test_pairs(others):
+def test_pairs(others, recordings):
     """Queries and keys in one launch."""
     rotation = ("half", "half", "half", False, 0)
     norm = (1e-6, 1.0, 0.0, "inside")
@@ -181,7 +171,7 @@ def test_pairs(others):
     assert _pairs.SCHEMAS.keys() == {"rope", "rope_backward", "norm_rope", "norm_rope_backward"}
 
 
-def test_writes_over_gate_and_up():
+def test_writes_over_gate_and_up(recordings):
     options = ("silu", 1.0, math.inf, math.inf, 0.0)
     for _ in range(CALLS):
         grad, gate, up = rows(), rows(), rows()
@@ -193,7 +183,7 @@ def test_writes_over_gate_and_up():
     assert recordings() == 1
 
 
-def test_scales_in_place():
+def test_scales_in_place(recordings):
     for _ in range(CALLS):
         x, scale = rows(), torch.tensor(3.0)
         wanted = x * scale
@@ -203,7 +193,7 @@ def test_scales_in_place():
 
 
 @pytest.mark.parametrize("keys", [40, 600])
-def test_splits_keys(keys):
+def test_splits_keys(keys, recordings):
     for _ in range(CALLS):
         q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, keys, 16), torch.randn(1, 2, keys, 16)
         seen = torch.rand(1, 1, 1, keys) < 0.5
@@ -213,8 +203,25 @@ def test_splits_keys(keys):
     assert recordings() == 1
 
 
-def test_nothing_of_a_loss_has_a_gradient_but_its_logsumexp():
-    """Backward is then given no gradient of the losses."""
+@pytest.mark.parametrize("wants_losses", [True, False])
+def test_a_loss_of_logsumexps_alone(recordings, wants_losses):
+    """Backward is then given no gradient of the losses, which are its first argument."""
+    for _ in range(CALLS):
+        logits = torch.randn(6, 40, requires_grad=True)
+        twin = logits.detach().clone().requires_grad_()
+        target = torch.randint(40, (6,))
+        options = (1.0, 0.0, wants_losses, False, True)  # scale, no soft cap, and which numbers
+        nll, _, lse, *_ = torch.ops.graphfuse.token_losses(logits, target, None, None, *options)
+        if wants_losses:
+            torch.testing.assert_close(nll, torch.nn.functional.cross_entropy(twin, target, reduction="none"))
+        torch.testing.assert_close(lse, twin.logsumexp(-1))
+        lse.square().sum().backward()
+        twin.logsumexp(-1).square().sum().backward()
+        torch.testing.assert_close(logits.grad, twin.grad)
+    assert recordings() == 2
+
+
+def test_a_loss_of_everything(recordings):
     for _ in range(CALLS):
         logits = torch.randn(6, 40, requires_grad=True)
         twin = logits.detach().clone().requires_grad_()

@@ -55,18 +55,8 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unfilled(poisoned_memory):
-    """Where memory is to be filled, nothing is made again."""
-    torch.use_deterministic_algorithms(False)
-
-
-def recordings():
-    return sum(1 for known in _repeat._known for again in known.values() if callable(again))
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_repeats(case):
+def test_repeats(case, recordings):
     op, inputs, wanted, count = CASES[case]
     for _ in range(CALLS):
         given = [x.detach().requires_grad_(k in wanted) for k, x in enumerate(inputs())]
@@ -84,7 +74,7 @@ def test_repeats(case):
     assert recordings() >= count
 
 
-def test_repeats_split_attention():
+def test_repeats_split_attention(recordings):
     for _ in range(CALLS):
         q, k, v = randn(1, 8, 1, 64), randn(1, 2, 600, 64), randn(1, 2, 600, 64)
         seen = torch.rand(1, 1, 1, 600, device="cuda") < 0.5
@@ -95,7 +85,7 @@ def test_repeats_split_attention():
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_repeats_in_compiled_models(mode):
+def test_repeats_in_compiled_models(mode, recordings):
     """A step after the other, its parameters changed between: what is made again reads what is there now."""
     from graphfuse.bench.matching import Decoder
 

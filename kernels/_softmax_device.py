@@ -13,15 +13,24 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tl_exp(x):
-    """Return exp(x), or 0 where that is below 1.2e-38, beside sums of at least 1.
+def tl_exp2(x):
+    """Return 2 ** x, or 0 where that is below 1.2e-38, beside sums of at least 1.
 
-    Whole numbers of the smallest float, which `tl.exp` still tells apart, take it as many instructions as all else.
+    Whole numbers of the smallest float, which `tl.exp2` still tells apart, take it as many instructions as all else.
     """
     if HAS_PTX:
         return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def tl_exp(x):
+    """Return exp(x), with the same care for small numbers."""
+    if HAS_PTX:
+        return tl_exp2(x * LOG2_E)
     else:
         return tl.exp(x)
 

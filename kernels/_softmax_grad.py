@@ -1,5 +1,7 @@
 """What a loss needs of a chunk of logits, and its gradient written over them: a program per row, two reads, one write.
 
+Where rows can be held in registers, `_softmax_grad_parts.py` needs one read.
+
     z      = f(scale * a),  f(u) = cap * tanh(u / cap), or u without a soft cap     a: logits as the GEMM left them
     lse    = log sum_c exp(z_c)                                                     p = softmax(z)
     nll    = lse - z_y
@@ -36,6 +38,7 @@ from graphfuse.kernels._softmax_device import (
     tl_skip_losses,
     tl_weight_sum,
 )
+from graphfuse.kernels._softmax_grad_parts import parts_of, softmax_grad_parts
 from graphfuse.kernels._triton import launch, tl, triton
 
 NO_TARGET = -(2**63)  # what a target is replaced by where there is none: no class, and no number that a user marks with
@@ -305,6 +308,10 @@ def softmax_grad_triton(
     vectors = [target, *(vector for vector in (*losses, *factors, class_weight) if vector is not None)]
     assert all(vector.is_contiguous() for vector in vectors), "one number a row, or a class, without gaps"
     assert all(vector.dtype == torch.float32 for vector in vectors[1:]), "the kernel computes in fp32"
+    if grad is not None and _reads_once(logits, grad, options, losses, factors):
+        own = losses.nll, losses.lse, factors.nll, factors.lse, factors.square
+        softmax_grad_parts(logits, target, float(options.scale), *own, no_target=NO_TARGET)
+        return
     launch(
         _softmax_grad_kernel,
         (rows,),
@@ -323,6 +330,13 @@ def softmax_grad_triton(
         HAS_FACTORS=bool(factors.given()),
         **over_row(row_stride, logits.element_size(), options),
     )
+
+
+def _reads_once(logits: Tensor, grad: Tensor, options: Logits, losses: TokenLosses, factors: Factors) -> bool:
+    """Whether rows can be held in registers while their numbers are added up."""
+    is_plain = options.scale > 0 and not options.softcap and losses.smooth is None and factors.smooth is None
+    is_narrow = logits.element_size() == 2 and grad.dtype == logits.dtype and logits.stride(0) % 16 == 0
+    return is_plain and is_narrow and parts_of(logits.stride(0), logits.device) > 0
 
 
 def over_row(length: int, itemsize: int, options: Logits) -> dict[str, Any]:

@@ -138,6 +138,16 @@ def _rotate_pairs() -> None:
     _pairs._norm_rope_backward(q, q, weight, k, k, weight, *shared, *rotation, -1, True)
 
 
+def _read_once() -> None:
+    """The pass over logits whose rows are held in registers."""
+    from graphfuse.kernels._softmax_grad import Factors, Logits, TokenLosses, softmax_grad_triton
+
+    target, ones = torch.empty(16, dtype=torch.int64), torch.empty(16)
+    for vocab in (128256, 49155):
+        rows = torch.empty(16, -(-vocab // 64) * 64, dtype=torch.bfloat16)[:, :vocab]
+        softmax_grad_triton(rows, rows, target, None, Logits(), TokenLosses(ones), Factors(ones))
+
+
 def _split_keys(features: int, heads: int, dtype: torch.dtype, kind: str) -> None:
     """One query over a cache."""
     from graphfuse.kernels.grouped_attention import grouped_attention
@@ -174,6 +184,12 @@ def main() -> None:
     hopper.launched.clear()
     _rotate_pairs()
     print(json.dumps({"case": "pairs 4x4096x(32+8)x128", "launched": hopper.launched, "compiled": hopper.compiled}))
+    hopper.compiled.clear()
+    hopper.launched.clear()
+    _read_once()
+    print(
+        json.dumps({"case": "logits, one read", "launched": hopper.launched, "compiled": hopper.compiled}), flush=True
+    )
     for features, heads, dtype, kind in SPLIT:
         hopper.compiled.clear()
         hopper.launched.clear()

@@ -1,12 +1,13 @@
 """The pass over a chunk of logits: the kernel and its reference, against torch's own losses and autograd."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional
 
-from graphfuse.kernels import _softmax_grad
+from graphfuse.kernels import _softmax_grad, _softmax_grad_parts
 from graphfuse.kernels._softmax_grad import (
     NO_TARGET,
     ROW_MULTIPLE,
@@ -20,7 +21,16 @@ from graphfuse.kernels._triton import HAS_TRITON
 from graphfuse.testing import assert_no_worse
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
-PASSES = [softmax_grad_reference, pytest.param(softmax_grad_triton, marks=needs_triton)]
+
+
+def softmax_grad_two_reads(*args):
+    """The kernel for rows that are not held in registers."""
+    with mock.patch.object(_softmax_grad, "_reads_once", return_value=False):
+        softmax_grad_triton(*args)
+
+
+KERNELS = [pytest.param(kernel, marks=needs_triton) for kernel in (softmax_grad_two_reads, softmax_grad_triton)]
+PASSES = [softmax_grad_reference, *KERNELS]
 # The interpreter multiplies bf16 as bit patterns.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
@@ -37,6 +47,9 @@ KINDS = {
     "scale": (NLL, Logits(scale=-0.3)),
     "everything": (EVERYTHING, BENT),
 }
+ONCE = ["nll", "lse", "square", "z_loss", "scaled"]  # what one read is enough for
+KINDS["scaled"] = NLL, Logits(scale=1.7)
+NARROW = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 BOTH = pytest.mark.parametrize(("names", "options"), [(NLL, Logits()), (EVERYTHING, BENT)], ids=["plain", "everything"])
 
 
@@ -168,10 +181,11 @@ def test_no_gradient_leaves_the_logits(has_factors, softmax_grad, device):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("softmax_grad", PASSES)
+@NARROW
 @pytest.mark.parametrize("names", [NLL, ("nll", "smooth")], ids=["plain", "smoothed"])
-def test_classes_of_minus_infinity(names, softmax_grad, device):
+def test_classes_of_minus_infinity(names, dtype, softmax_grad, device):
     """Masked classes: a whole first block, a target, every class of a row."""
-    logits, target, factors = case(device, torch.float32, 300, names)
+    logits, target, factors = case(device, dtype, 300, names)
     logits[:, :130] = -math.inf
     logits[5] = -math.inf
     target[[0, 2, 3, 4]] = torch.tensor([3, 130, 299, 200], device=device)
@@ -179,24 +193,66 @@ def test_classes_of_minus_infinity(names, softmax_grad, device):
 
 
 @pytest.mark.parametrize("softmax_grad", PASSES)
+@NARROW
 @pytest.mark.parametrize("names", [NLL, ("nll", "smooth")], ids=["plain", "smoothed"])
-def test_large_offset_costs_no_digits(names, softmax_grad, device):
-    logits, target, factors = case(device, torch.float32, 300, names)
+def test_large_offset_costs_no_digits(names, dtype, softmax_grad, device):
+    logits, target, factors = case(device, dtype, 300, names)
     inputs = (logits + 1e4, factors, torch.rand(300, device=device))
     assert_no_worse(fused(softmax_grad, target, names, Logits()), eager(target, names, Logits()), inputs)
 
 
 @needs_triton
+@NARROW
 @BOTH
 @pytest.mark.parametrize("wrong", [77, -1, 2**40])
-def test_kernel_turns_a_target_out_of_range_into_nan(wrong, names, options, device):
-    logits, target, factors = case(device, torch.float32, 77, names)
+def test_kernel_turns_a_target_out_of_range_into_nan(wrong, names, options, dtype, device):
+    logits, target, factors = case(device, dtype, 77, names)
     target[2] = wrong
     for class_weight in (None, torch.rand(77, device=device)):
         losses, *_, grad = fused(softmax_grad_triton, target, names, options)(logits, factors, class_weight)
         assert losses.isnan().tolist() == [False, False, True, False, False, False]
         assert grad.isnan().all(1).tolist() == losses.isnan().tolist()
         assert grad.isnan().any(1).tolist() == losses.isnan().tolist()
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("kind", ONCE)
+@pytest.mark.parametrize("vocab", [2, 7, 1023, 1024, 1031, 2500])
+def test_rows_held_in_registers(vocab, kind, dtype, device, monkeypatch):
+    names, options = KINDS[kind]
+    logits, target, factors = case(device, dtype, vocab, names)
+    monkeypatch.setattr(_softmax_grad, "softmax_grad_parts", mock.Mock(wraps=_softmax_grad.softmax_grad_parts))
+    run = fused(softmax_grad_triton, target, names, options)
+    assert_no_worse(run, eager(target, names, options), (logits, factors))
+    assert _softmax_grad.softmax_grad_parts.called
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ONCE)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [1500, 10007, 49155, 151936])
+@pytest.mark.parametrize("tiles", [1, 3, 20])
+def test_rows_shared_by_programs(tiles, vocab, dtype, kind, monkeypatch):
+    """As many programs to a row as there may be, in more rows than run at a time; the same bits in every run."""
+    monkeypatch.setattr(_softmax_grad_parts, "MAX_TILES", tiles)
+    names, options = KINDS[kind]
+    logits, target, factors = case("cuda", dtype, vocab, names, rows=300)
+    logits[5, : vocab // 2] = -math.inf
+    logits[6] = -math.inf
+    logits[7] += 1e4
+    target[8] = vocab
+    run = fused(softmax_grad_triton, target, names, options)
+    *losses, grad = run(logits, factors)
+    *expected, right = fused(softmax_grad_two_reads, target, names, options)(logits, factors)
+    for found, other in zip(losses, expected, strict=True):
+        torch.testing.assert_close(found.float(), other.float(), rtol=1e-2, atol=1e-2, equal_nan=True)
+    apart = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]  # two units in the last place
+    torch.testing.assert_close(grad, right, rtol=apart, atol=1e-6, equal_nan=True)
+    for _ in range(3):
+        assert all(
+            map(torch.equal, map(torch.nan_to_num, run(logits, factors)), map(torch.nan_to_num, (*losses, grad)))
+        )
 
 
 @pytest.mark.gpu

@@ -250,9 +250,9 @@ def _wait(kernel: Any, name: tuple[str, str], what: Mapping[str, Any]) -> None:
 
 def _is_on_disk(kernel: Any, source: tuple[Any, ...], target: Any, options: dict[str, Any]) -> bool:
     """Whether Triton has compiled it before."""
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import compile
 
-    class Known(ASTSource):  # type: ignore[misc]
+    class Known(_source_class(kernel)):  # type: ignore[misc]
         def make_ir(self, *_: Any, **__: Any) -> Any:
             raise LookupError("not in the cache")
 
@@ -274,17 +274,28 @@ def compile_here(
 
     Args:
         place: Module and name of the kernel.
-        source: What Triton's ASTSource takes beside it.
+        source: What Triton takes beside it.
         target: The GPU.
         options: Of the compiler.
         environment: What the process that will launch it has of Triton's variables, the place of the cache among them.
     """
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import compile
 
     module, name = place
-    source_of = ASTSource(getattr(importlib.import_module(module), name), *source)
+    kernel = getattr(importlib.import_module(module), name)
     with _environment(target, environment):
-        compile(source_of, target=target, options=options)
+        compile(_source_class(kernel)(kernel, *source), target=target, options=options)
+
+
+def _source_class(kernel: Any) -> Any:
+    """What Triton compiles a kernel as."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 @contextlib.contextmanager

@@ -12,12 +12,17 @@ class Described(NamedTuple):
     shape: list[int]
     strides: list[int]
     block: list[int]
+    layout: Any = None  # in shared memory, for a kernel in Gluon
 
     def descriptor(self) -> Any:
-        """Return Triton's own."""
+        """Return Triton's own, or Gluon's."""
+        if self.layout is not None:
+            from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+            return GluonDescriptor(*self)
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        return TensorDescriptor(*self)
+        return TensorDescriptor(*self[:4])
 
 
 def as_passed(argument: Any) -> Any:

@@ -5,7 +5,8 @@
 with a power of two for each column as scale. Both stand in the same memory. The products are those of the tensor cores,
 added up in fp32; a program walks over tiles of the sum, and loads the factors of the next tile beside what it stores.
 
-On an H200, bf16, 2048 x 128256 x 4096 and 1664 x 151936 x 1024: 3.01 and 0.76 ms. cuBLAS takes 2.79 and 0.68 ms, all of
+Hopper has a kernel of its own (`_half_product_hopper.py`), which is tried before it is used. This one, on an H200,
+bf16, 2048 x 128256 x 4096 and 1664 x 151936 x 1024: 3.01 and 0.76 ms. cuBLAS takes 2.79 and 0.68 ms, all of
 it in fp16, and another 0.25 and 0.25 ms to turn the one factor into fp16 and back. Tiles of 128 x 128 took 3.5 and
 0.80 ms, of 256 x 128 3.3 and 0.80 ms, a program for each tile 3.03 and 0.81 ms.
 
@@ -15,17 +16,25 @@ Source: Triton's tutorial on persistent matrix products (tiles, tensor descripto
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._ahead import address
+from graphfuse.kernels._ahead import address, is_fake
 from graphfuse.kernels._descriptor import Described
 from graphfuse.kernels._triton import launch, tl, triton
 
+log = logging.getLogger("graphfuse")
+
 ALIGNED = 8  # elements: rows of what a tensor descriptor describes start at multiples of 16 bytes
+
+
+HOPPER_FEATURES = 256  # as many as a tile of Hopper's kernel has
+
+_tried: dict[int, bool] = {}  # whether Hopper's kernel was right, by device
 
 
 # What is passed for one call and not for another is no constant: a variant takes more than a second to compile.
@@ -81,6 +90,10 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
     if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % ALIGNED or address(x) % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     (tokens, vocab), features = grad.shape, x.shape[1]
+    hopper = _hopper(x.get_device()) if x.dtype == torch.bfloat16 and features >= HOPPER_FEATURES else None
+    if hopper is not None and (is_fake(x) or _is_right(x.get_device())):
+        hopper.add_product(total, grad, x, scale, _programs(x.get_device()), is_first=is_first, is_last=is_last)
+        return
     tile = _tile(features, x.get_device())
     tiles = triton.cdiv(vocab, tile["BLOCK_V"]) * triton.cdiv(features, tile["BLOCK_H"])
     programs = min(tiles, _programs(x.get_device()))
@@ -100,6 +113,49 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
         int(is_last),
         **tile,
     )
+
+
+@cache
+def _hopper(device: int) -> Any:
+    """Return the kernel's module for Hopper, or None: on other devices, or where Triton has another Gluon."""
+    if device < 0 or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from graphfuse.kernels import _half_product_hopper
+    except (ImportError, AttributeError) as error:
+        log.debug("products are added by Triton's kernel: %s", error)
+        return None
+    return _half_product_hopper
+
+
+def _is_right(device: int) -> bool:
+    """Whether Hopper's kernel computes what it should, where it has run; a CUDA graph has to know before."""
+    if device in _tried:
+        return _tried[device]
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    _tried[device] = False
+    try:
+        _tried[device] = _tries(device)
+    except Exception as error:
+        log.warning("products are added by Triton's kernel: %s", error)
+    return _tried[device]
+
+
+def _tries(device: int) -> bool:
+    """Add two products, of tiles that are not whole, in more than one round of programs."""
+    numbers = torch.Generator(device=f"cuda:{device}").manual_seed(0)
+    on: dict[str, Any] = {"generator": numbers, "device": numbers.device}
+    tokens, vocab, features = 200, 1000, 320
+    scale = torch.full((features,), 0.25, device=numbers.device)
+    total = torch.empty(vocab, features, dtype=torch.float16, device=numbers.device)
+    expected = torch.zeros(vocab, features, device=numbers.device)
+    for is_last in (False, True):
+        grad, x = (torch.randn(tokens, width, **on).to(torch.bfloat16) for width in (vocab, features))
+        _hopper(device).add_product(total, grad, x, scale, 5, is_first=not is_last, is_last=is_last)
+        expected += grad.float().t() @ x.float()
+    off = (total.view(torch.bfloat16).float() - expected).abs().amax() / expected.abs().amax()
+    return bool(off < 2.0**-7)
 
 
 @cache

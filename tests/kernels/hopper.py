@@ -148,6 +148,16 @@ def _read_once() -> None:
         softmax_grad_triton(rows, rows, target, None, Logits(), TokenLosses(ones), Factors(ones))
 
 
+def _add_product() -> None:
+    """The product added to a sum of half precision, for Hopper alone."""
+    from graphfuse.kernels._half_product_hopper import add_product
+
+    grad, x = torch.empty(192, 1000, dtype=torch.bfloat16), torch.empty(192, 320, dtype=torch.bfloat16)
+    total, scale = torch.empty(1000, 320, dtype=torch.float16), torch.empty(320)
+    for is_last in (False, True):
+        add_product(total, grad, x, scale, MULTIPROCESSORS, is_first=not is_last, is_last=is_last)
+
+
 def _split_keys(features: int, heads: int, dtype: torch.dtype, kind: str) -> None:
     """One query over a cache."""
     from graphfuse.kernels.grouped_attention import grouped_attention
@@ -190,6 +200,10 @@ def main() -> None:
     print(
         json.dumps({"case": "logits, one read", "launched": hopper.launched, "compiled": hopper.compiled}), flush=True
     )
+    hopper.compiled.clear()
+    hopper.launched.clear()
+    _add_product()
+    print(json.dumps({"case": "product added", "launched": hopper.launched, "compiled": hopper.compiled}))
     for features, heads, dtype, kind in SPLIT:
         hopper.compiled.clear()
         hopper.launched.clear()

@@ -196,3 +196,54 @@ def test_tiles_fit_in_shared_memory(capability, largest, monkeypatch):
         factors = tile["num_stages"] * tile["BLOCK_C"] * (tile["BLOCK_V"] + tile["BLOCK_H"])
         halves = tile["BLOCK_V"] * tile["BLOCK_H"] // 2  # on their way out
         assert 2 * (factors + halves) <= largest * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "features"),
+    [(8, 8, 256), (64, 128, 256), (200, 1000, 320), (40, 8192, 1024), (2048, 4104, 4096), (1664, 40000, 1024)],
+)
+def test_hopper_kernel_adds_as_the_other(tokens, vocab, features, monkeypatch):
+    """In rows that belong to something larger, which stays as it is; and first over what nobody wrote."""
+    if _half_product._hopper(0) is None:
+        pytest.skip("needs a Hopper GPU")
+    assert _half_product._is_right(0)
+    results = []
+    for is_hopper in (True, False):
+        if not is_hopper:
+            monkeypatch.setattr(_half_product, "_hopper", lambda _: None)
+        torch.manual_seed(0)
+        whole = torch.full((vocab + 64, features), 7.0, dtype=torch.float16, device="cuda")
+        total, scale = whole[32:-32], torch.exp2(torch.randint(-2, 4, (features,), device="cuda").float())
+        total.fill_(float("nan"))
+        truth = torch.zeros(vocab, features, dtype=torch.float64, device="cuda")
+        for index in range(3):
+            grad = padded((torch.randn(tokens, vocab, device="cuda") * 1e-2).bfloat16())
+            x = torch.randn(tokens, features, device="cuda").bfloat16()
+            add_product(total, grad, x, scale, is_first=index == 0, is_last=index == 2)
+            truth += grad.double().t() @ x.double()
+        found = total.view(torch.bfloat16).double()
+        assert (whole[:32] == 7).all()
+        assert (whole[-32:] == 7).all()
+        results.append(float((found - truth).norm() / truth.norm()))
+    assert results[0] < 2e-3
+    assert results[0] == pytest.approx(results[1], rel=0.05)
+
+
+def test_hopper_kernel_is_not_used_where_it_is_wrong(monkeypatch, caplog):
+    tries = [False, RuntimeError("no such instruction"), True]
+
+    def answer(_):
+        result = tries.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(_half_product, "_tries", answer)
+    monkeypatch.setattr(_half_product, "_tried", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert [_half_product._is_right(device) for device in (0, 0, 1, 1, 2, 2)] == [False] * 4 + [True] * 2
+    assert "no such instruction" in caplog.text
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not _half_product._is_right(3)
+    assert 3 not in _half_product._tried

@@ -194,7 +194,8 @@ def _at_once(device: torch.device) -> int:
     if device.type == "cpu":  # compiled for a GPU that is not there
         return 100
     has_pairs = torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cuda.get_device_properties(device).multi_processor_count if has_pairs else 0
+    # Four to a multiprocessor, of which others may have most: another stream's parts, which wait for each other, too.
+    return torch.cuda.get_device_properties(device).multi_processor_count // 4 if has_pairs else 0
 
 
 def softmax_grad_parts(

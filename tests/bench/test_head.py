@@ -4,7 +4,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from graphfuse.bench import head
 from graphfuse.bench.head import CASES, IGNORED, Case, Row, _error, losses, problem, products, step, table_of, truth
+from graphfuse.bench.timing import Timing
 from graphfuse.cli import app
 
 CPU = torch.device("cpu")
@@ -27,6 +29,22 @@ def test_the_floor_is_the_products():
     with torch.profiler.profile() as profile:
         products(Case(40, 16, 33), CPU)()
     assert {event.key: event.count for event in profile.key_averages()}["aten::mm"] == 3
+
+
+def test_ratios_are_to_the_products_beside(monkeypatch):
+    """Whose clock becomes slower and slower."""
+    times = iter((1000.0, 3000.0, 2000.0, 9000.0, 4000.0))
+
+    def measure(fn, _):
+        fn()
+        return Timing(next(times), 1.0, 512.0)
+
+    monkeypatch.setattr(head, "measure", measure)
+    rows = []
+    eager = losses()["eager"]
+    assert head.measure_case(Case(40, 16, 33), {"a": eager, "b": eager}, CPU, rows.append) == []
+    assert [(row.who, row.ratio) for row in rows] == [("products", 1.0), ("a", 2.0), ("b", 3.0)]
+    assert rows[1].gib == 0.5
 
 
 def test_names_its_cases():

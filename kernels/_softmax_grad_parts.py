@@ -183,7 +183,8 @@ def _softmax_grad_parts_kernel(
 def parts_of(length: int, device: torch.device) -> int:
     """Return among how many programs a row of `length` logits, two bytes each, is shared; 0: there are not so many."""
     parts = triton.cdiv(length, MAX_TILES * BLOCK)
-    return parts if parts <= _at_once(device) else 0
+    # No more than a warp has lanes: the slots of all are then looked at by every warp for itself.
+    return parts if parts <= min(_at_once(device), 32) else 0
 
 
 @cache
@@ -236,5 +237,6 @@ def softmax_grad_parts(
         LANES=32 * WARPS,
         VECTOR=VECTOR,
         num_warps=WARPS,
+        enable_fp_fusion=False,  # a lane's largest exponent is rounded once, wherever it is used
         **({"maxnreg": REGISTERS} if HAS_PTX else {}),
     )

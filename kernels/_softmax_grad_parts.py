@@ -149,7 +149,9 @@ def _softmax_grad_parts_kernel(
     shifts = tl.where(tops == float("-inf"), 0.0, tops)[:, None]
     totals = tl.zeros((LANES, VECTOR), tl.float32)
     for k in tl.static_range(TILES):
-        totals += tl_exp2(tl.fma(tl_packed(tiles[k]).to(tl.float32), LOG2_SCALE, -shifts))
+        # 0 at most, but for what is lost of huge numbers, which must not become infinite.
+        exponents = tl.fma(tl_packed(tiles[k]).to(tl.float32), LOG2_SCALE, -shifts)
+        totals += tl_exp2(tl.minimum(exponents, 1.0, propagate_nan=tl.PropagateNan.ALL))
     top = tl.max(tops)
     total = tl.sum(tl.sum(totals, 1) * tl_exp2(tops - tl.where(top == float("-inf"), 0.0, top)))
     if state_ptr is not None:

@@ -229,6 +229,17 @@ def test_rows_held_in_registers(vocab, kind, dtype, device, monkeypatch):
 
 
 @pytest.mark.gpu
+def test_classes_far_below_all_others():
+    """As a bias leaves them that hides classes by a number."""
+    logits, target, factors = case("cuda", torch.bfloat16, 1024, NLL)
+    logits[:, 512:], target = -1e30, target.clamp(max=500)
+    losses, grad = fused(softmax_grad_triton, target, NLL, Logits())(logits, factors)
+    expected, right = fused(softmax_grad_two_reads, target, NLL, Logits())(logits, factors)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(grad, right)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ONCE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [1500, 10007, 49155, 151936])

@@ -31,9 +31,6 @@ log = logging.getLogger("graphfuse")
 
 ALIGNED = 8  # elements: rows of what a tensor descriptor describes start at multiples of 16 bytes
 
-
-HOPPER_FEATURES = 256  # as many as a tile of Hopper's kernel has
-
 _tried: dict[int, bool] = {}  # whether Hopper's kernel was right, by device
 
 
@@ -90,13 +87,14 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
     if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % ALIGNED or address(x) % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     (tokens, vocab), features = grad.shape, x.shape[1]
-    hopper = _hopper(x.get_device()) if x.dtype == torch.bfloat16 and features >= HOPPER_FEATURES else None
-    if hopper is not None and (is_fake(x) or _is_right(x.get_device())):
-        hopper.add_product(total, grad, x, scale, _programs(x.get_device()), is_first=is_first, is_last=is_last)
+    device = x.get_device()
+    hopper = _hopper(device) if x.dtype == torch.bfloat16 else None
+    if hopper is not None and features >= hopper.BLOCK_H and (is_fake(x) or _is_right(device)):
+        hopper.add_product(total, grad, x, scale, _programs(device), is_first=is_first, is_last=is_last)
         return
-    tile = _tile(features, x.get_device())
+    tile = _tile(features, device)
     tiles = triton.cdiv(vocab, tile["BLOCK_V"]) * triton.cdiv(features, tile["BLOCK_H"])
-    programs = min(tiles, _programs(x.get_device()))
+    programs = min(tiles, _programs(device))
     half = [tile["BLOCK_V"], tile["BLOCK_H"] // 2]
     launch(
         _add_product_kernel,

@@ -221,9 +221,10 @@ def add_product(
 ) -> None:
     """Launch the kernel: as `_half_product.add_product`, rows of `x` aligned, in no more than `programs`."""
     (tokens, vocab), features = grad.shape, x.shape[1]
+    programs = min(triton.cdiv(vocab, BLOCK_V) * triton.cdiv(features, BLOCK_H), programs)
     launch(
         _add_product_hopper_kernel,
-        (min(triton.cdiv(vocab, BLOCK_V) * triton.cdiv(features, BLOCK_H), programs),),
+        (programs,),
         scale,
         _described(grad, [BLOCK_C, HALF]),
         _described(x, [BLOCK_C, BLOCK_H]),
@@ -231,7 +232,7 @@ def add_product(
         tokens,
         vocab,
         features,
-        min(triton.cdiv(vocab, BLOCK_V) * triton.cdiv(features, BLOCK_H), programs),
+        programs,
         vocab if is_first else 0,
         int(is_last),
         BLOCK_C=BLOCK_C,

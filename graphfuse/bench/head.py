@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from graphfuse import ops
-from graphfuse.bench.timing import measure
+from graphfuse.bench.timing import Timing, measure
 
 NO_GPU = "graphfuse bench head: expected a CUDA GPU to measure, got none that torch can use"
 IGNORED = -100
@@ -179,16 +179,16 @@ def _error(got: Tensor, wanted: Tensor) -> float:
     return float((squares / wanted.square().sum()).sqrt())
 
 
-def _floor(case: Case, device: torch.device) -> float:
-    """Milliseconds that the products alone take now."""
+def _floor(case: Case, device: torch.device) -> Timing:
+    """What the products alone cost now."""
     torch.cuda.empty_cache()
-    return measure(products(case, device), 10).gpu_us / 1e3
+    return measure(products(case, device), 10)
 
 
 def measure_case(case: Case, who: dict[str, Loss], device: torch.device, on_row: Callable[[Row], None]) -> list[str]:
     """Measure everybody, the products before and after each; returns a line for each that failed."""
     floors = [_floor(case, device)]
-    on_row(Row(case.name, "products", floors[0], 1.0, 0.0))
+    on_row(Row(case.name, "products", floors[0].gpu_us / 1e3, 1.0, floors[0].peak_mib / 1024))
     inputs = problem(case, device)
     wanted = truth(case, inputs)
     failed = []
@@ -205,6 +205,7 @@ def measure_case(case: Case, who: dict[str, Loss], device: torch.device, on_row:
             failed.append(f"{case.name}: {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
         floors.append(_floor(case, device))
+        beside = statistics.fmean(floor.gpu_us for floor in floors[-2:])  # the clock changes from second to second
         named = dict(zip(("loss", *case.grads.split()), errors, strict=True))
         ms = timing.gpu_us / 1e3
         on_row(
@@ -212,7 +213,7 @@ def measure_case(case: Case, who: dict[str, Loss], device: torch.device, on_row:
                 case.name,
                 name,
                 ms,
-                ms / statistics.fmean(floors[-2:]),  # the clock is not the same from second to second
+                timing.gpu_us / beside,
                 timing.peak_mib / 1024,
                 named["loss"],
                 named.get("hidden"),

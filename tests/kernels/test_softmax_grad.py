@@ -45,10 +45,10 @@ KINDS = {
     "z_loss": (("nll", "square"), Logits()),
     "softcap": (NLL, Logits(softcap=3.0)),
     "scale": (NLL, Logits(scale=-0.3)),
+    "scaled": (NLL, Logits(scale=1.7)),
     "everything": (EVERYTHING, BENT),
 }
 ONCE = ["nll", "lse", "square", "z_loss", "scaled"]  # what one read is enough for
-KINDS["scaled"] = NLL, Logits(scale=1.7)
 NARROW = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 BOTH = pytest.mark.parametrize(("names", "options"), [(NLL, Logits()), (EVERYTHING, BENT)], ids=["plain", "everything"])
 

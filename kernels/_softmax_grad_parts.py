@@ -20,6 +20,7 @@ of state and value)
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -63,7 +64,26 @@ def tl_packed(a):
 
 
 @triton.jit
-def tl_exchange(slots_ptr, part, top, total, P, SLOTS: tl.constexpr):
+def tl_unit(top, SCALE: tl.constexpr, COARSE: tl.constexpr):
+    """Return what logits are multiplied by to be exponents of 2, where `top` is the largest of them.
+
+    What is lost of a product is less than 1 and cancels; of huge numbers it would not. All but the largest of those
+    are so far below it that their exponentials are 0 in a smaller unit, too: a power of two, which loses nothing.
+    """
+    FINE: tl.constexpr = SCALE * LOG2_E
+    return tl.where(tl.abs(top) * FINE > 16777216.0, COARSE, FINE)
+
+
+@triton.jit
+def tl_rescale(total, top, new_top, SCALE: tl.constexpr, COARSE: tl.constexpr):
+    """Return sums of exponentials relative to `new_top`, the largest of all, that were relative to `top`."""
+    unit, new_unit = tl_unit(top, SCALE, COARSE), tl_unit(new_top, SCALE, COARSE)
+    exponent = top * unit - tl.where(new_top == float("-inf"), 0.0, new_top * new_unit)
+    return total * tl_exp2(tl.where(unit == new_unit, exponent, float("-inf")))
+
+
+@triton.jit
+def tl_exchange(slots_ptr, part, top, total, P, SCALE: tl.constexpr, COARSE: tl.constexpr, SLOTS: tl.constexpr):
     """Tell the other parts of the row, wait for theirs, and return the numbers of all."""
     top_bits = top.to(tl.int32, bitcast=True).to(tl.int64) << 32
     word = top_bits | (total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
@@ -75,7 +95,7 @@ def tl_exchange(slots_ptr, part, top, total, P, SLOTS: tl.constexpr):
     tops = tl.where(slots < P, (words >> 32).to(tl.int32).to(tl.float32, bitcast=True), float("-inf"))
     totals = tl.where(slots < P, words.to(tl.int32).to(tl.float32, bitcast=True), 0.0)
     top = tl.max(tops)
-    return top, tl.sum(totals * tl_exp2(tops - tl.where(top == float("-inf"), 0.0, top)))
+    return top, tl.sum(tl_rescale(totals, tops, top, SCALE, COARSE))
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -93,6 +113,7 @@ def _softmax_grad_parts_kernel(
     P,
     NO_TARGET: tl.constexpr,
     SCALE: tl.constexpr,
+    COARSE: tl.constexpr,  # a power of two, less than what SCALE makes of logits
     HAS_FACTORS: tl.constexpr,
     IS_EVEN: tl.constexpr,  # whether classes end where a load does
     SLOTS: tl.constexpr,  # P, rounded up to a power of two
@@ -101,7 +122,6 @@ def _softmax_grad_parts_kernel(
     VECTOR: tl.constexpr,
 ):
     BLOCK: tl.constexpr = LANES * VECTOR
-    LOG2_SCALE: tl.constexpr = SCALE * LOG2_E
     ticket = tl.program_id(0)
     if state_ptr is not None:
         ticket = tl.atomic_add(state_ptr, 1, sem="relaxed").to(tl.int32)
@@ -144,24 +164,25 @@ def _softmax_grad_parts_kernel(
     tops = tiles[0]  # type: ignore[misc]
     for k in tl.static_range(1, TILES):
         tops = tl_larger(tops, tiles[k])
-    # Exponents of 2, of the largest logit of each lane.
-    tops = tl.max(tops.to(tl.float32), 1) * LOG2_SCALE
-    shifts = tl.where(tops == float("-inf"), 0.0, tops)[:, None]
+    tops = tl.max(tops.to(tl.float32), 1)
+    units = tl_unit(tops, SCALE, COARSE)
+    shifts = tl.where(tops == float("-inf"), 0.0, tops * units)
     totals = tl.zeros((LANES, VECTOR), tl.float32)
     for k in tl.static_range(TILES):
-        # 0 at most, but for what is lost of huge numbers, which must not become infinite.
-        exponents = tl.fma(tl_packed(tiles[k]).to(tl.float32), LOG2_SCALE, -shifts)
-        totals += tl_exp2(tl.minimum(exponents, 1.0, propagate_nan=tl.PropagateNan.ALL))
+        totals += tl_exp2(tl.fma(tl_packed(tiles[k]).to(tl.float32), units[:, None], -shifts[:, None]))
     top = tl.max(tops)
-    total = tl.sum(tl.sum(totals, 1) * tl_exp2(tops - tl.where(top == float("-inf"), 0.0, top)))
+    total = tl.sum(tl_rescale(tl.sum(totals, 1), tops, top, SCALE, COARSE))
     if state_ptr is not None:
-        top, total = tl_exchange(state_ptr + 1 + row * P, part, top, total, P, SLOTS)
+        top, total = tl_exchange(state_ptr + 1 + row * P, part, top, total, P, SCALE, COARSE, SLOTS)
 
-    lse = (top + tl.log2(total)) * LN_2
-    exponent = tl.fma(at_target, LOG2_SCALE, -top)  # of the target
+    unit = tl_unit(top, SCALE, COARSE)
+    shift = top * unit
+    log_total = tl.log2(total) * LN_2
+    lse = shift * (SCALE / unit) + log_total
+    exponent = tl.fma(at_target, unit, -shift)  # of the target
     if nll_ptr is not None:  # noqa: SIM102
         if is_here | (part == 0) & (is_known == 0):
-            nll = tl.where(is_known, (tl.log2(total) - exponent) * LN_2, float("nan"))
+            nll = tl.where(is_known, log_total - exponent * (SCALE / unit), float("nan"))
             tl.store(nll_ptr + row, tl.where(target != NO_TARGET, nll, 0.0))
     if lse_ptr is not None:  # noqa: SIM102
         if part == 0:
@@ -170,7 +191,7 @@ def _softmax_grad_parts_kernel(
     on_target = tl_on_target(on_target, target, V, NO_TARGET) * SCALE
     p_factor = (on_target + SCALE * (on_lse + 2.0 * square * lse)) / total
     for k in tl.static_range(TILES):
-        grad = tl_exp2(tl.fma(tl_packed(tiles[k]).to(tl.float32), LOG2_SCALE, -top)) * p_factor
+        grad = tl_exp2(tl.fma(tl_packed(tiles[k]).to(tl.float32), unit, -shift)) * p_factor
         tl.store(
             part_ptr + places + k * BLOCK,
             grad.to(logits_ptr.dtype.element_ty),
@@ -232,6 +253,7 @@ def softmax_grad_parts(
         parts,
         NO_TARGET=no_target,
         SCALE=scale,
+        COARSE=2.0 ** (math.frexp(scale)[1] - 4),
         HAS_FACTORS=any(factor is not None for factor in (nll_factor, lse_factor, square_factor)),
         IS_EVEN=vocab % VECTOR == 0,
         SLOTS=triton.next_power_of_2(parts),

@@ -231,7 +231,7 @@ def test_hopper_kernel_adds_as_the_other(tokens, vocab, features, monkeypatch):
 
 
 def test_hopper_kernel_is_not_used_where_it_is_wrong(monkeypatch, caplog):
-    tries = [False, RuntimeError("no such instruction"), True]
+    tries = [False, RuntimeError("no such instruction"), torch.OutOfMemoryError(), True]
 
     def answer(_):
         result = tries.pop(0)
@@ -242,7 +242,7 @@ def test_hopper_kernel_is_not_used_where_it_is_wrong(monkeypatch, caplog):
     monkeypatch.setattr(_half_product, "_tries", answer)
     monkeypatch.setattr(_half_product, "_tried", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert [_half_product._is_right(device) for device in (0, 0, 1, 1, 2, 2)] == [False] * 4 + [True] * 2
+    assert [_half_product._is_right(device) for device in (0, 0, 1, 1, 2, 2, 2)] == [False] * 5 + [True] * 2
     assert "no such instruction" in caplog.text
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not _half_product._is_right(3)

@@ -228,15 +228,28 @@ def test_rows_held_in_registers(vocab, kind, dtype, device, monkeypatch):
     assert _softmax_grad.softmax_grad_parts.called
 
 
-@pytest.mark.gpu
-def test_classes_far_below_all_others():
-    """As a bias leaves them that hides classes by a number."""
-    logits, target, factors = case("cuda", torch.bfloat16, 1024, NLL)
-    logits[:, 512:], target = -1e30, target.clamp(max=500)
-    losses, grad = fused(softmax_grad_triton, target, NLL, Logits())(logits, factors)
-    expected, right = fused(softmax_grad_two_reads, target, NLL, Logits())(logits, factors)
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(grad, right)
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("extent", [1e4, 6e4, 1e30, 3e38])
+def test_huge_logits(extent, scale, dtype, device):
+    """Of some classes, as a bias leaves them that hides by a number, of all, of the largest, and two that are equal."""
+    if extent * scale > torch.finfo(torch.float32).max or extent > torch.finfo(dtype).max:
+        pytest.skip("infinite")
+    logits, target, factors = case(device, dtype, 1500, NLL, rows=9)
+    target = target.clamp(max=500)
+    logits[0, 512:] = -extent
+    logits[2] -= extent
+    logits[3, 512:] = extent
+    logits[5, target[5]] = extent
+    logits[6] = extent
+    logits[7] *= extent / 10
+    logits[8, :512] = extent
+    logits[8, 512:] = -extent
+    losses, grad = fused(softmax_grad_triton, target, NLL, Logits(scale))(logits, factors)
+    right, right_grad = eager(target, NLL, Logits(scale))(logits.double(), factors.double())
+    torch.testing.assert_close(losses.float(), right.to(dtype).float())
+    torch.testing.assert_close(grad, right_grad.to(dtype))
 
 
 @pytest.mark.gpu

@@ -3,7 +3,10 @@
     gradient = saved * upstream                          ->    scale_(saved, upstream)
 
 Gradients that forward left behind (the head's) are multiplied where they are: not at all, where backward starts at the
-loss.
+loss. If the weight is the table of the embeddings, too, the rows of the tokens are added to it there:
+
+    gradient = embedding_backward(grad, tokens) + saved * upstream
+                         ->    scale_(saved, upstream), embedding_backward_(saved, grad, tokens)
 
     product = glu(gate, up)                                    (backward needs it again, for the weight behind it)
     gate_grad, up_grad = glu_backward(grad, gate, up)    ->    product = glu_backward_(grad, gate, up)
@@ -61,14 +64,34 @@ def _scale(mul: fx.Node, free: set[fx.Node]) -> bool:
     saved, upstream = mul.args
     if not isinstance(saved, fx.Node) or not isinstance(upstream, fx.Node) or saved not in free:
         return False
-    is_result = [*saved.users] == [mul] and all(user.op == "output" for user in mul.users)
-    if not is_result or upstream.meta["val"].dim() or not _is_alike(mul, saved):
+    added = _rows_added(mul)
+    result = mul if added is None else next(iter(mul.users))
+    is_result = [*saved.users] == [mul] and all(user.op == "output" for user in result.users)
+    if not is_result or upstream.meta["val"].dim() or not (_is_alike(mul, saved) and _is_alike(result, saved)):
         return False
-    with mul.graph.inserting_before(mul):
+    with mul.graph.inserting_before(result):
         mul.graph.call_function(_overload("scale_"), (saved, upstream))
-    mul.replace_all_uses_with(saved)
-    mul.graph.erase_node(mul)
+        if added is not None:
+            grad, tokens, _, padding, _ = added.args
+            mul.graph.call_function(_overload("embedding_backward_"), (saved, grad, tokens, padding))
+    result.replace_all_uses_with(saved)
+    for node in dict.fromkeys((result, mul, added)):
+        if node is not None:
+            mul.graph.erase_node(node)
     return True
+
+
+def _rows_added(mul: fx.Node) -> fx.Node | None:
+    """The gradient of embeddings to which a product is added, if nobody else reads either."""
+    if len(mul.users) != 1:
+        return None
+    (add,) = mul.users
+    if name_of(add) != "aten::add" or add.kwargs or len(add.all_input_nodes) < 2:
+        return None
+    (added,) = {*add.all_input_nodes} - {mul}
+    if name_of(added) != "graphfuse::embedding_backward" or [*added.users] != [add] or added.args[4]:
+        return None
+    return added if _is_alike(added, mul) else None
 
 
 def _overload(name: str) -> torch._ops.OpOverload:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from graphfuse.kernels._ahead import address, is_fake
 from graphfuse.kernels._descriptor import Described
-from graphfuse.kernels._triton import launch, tl, triton
+from graphfuse.kernels._triton import launch, num_sms, tl, triton
 
 log = logging.getLogger("graphfuse")
 
@@ -90,11 +90,11 @@ def add_product(total: Tensor, grad: Tensor, x: Tensor, scale: Tensor, *, is_fir
     device = x.get_device()
     hopper = _hopper(device) if x.dtype == torch.bfloat16 else None
     if hopper is not None and features >= hopper.BLOCK_H and (is_fake(x) or _is_right(device)):
-        hopper.add_product(total, grad, x, scale, _programs(device), is_first=is_first, is_last=is_last)
+        hopper.add_product(total, grad, x, scale, num_sms(x.device), is_first=is_first, is_last=is_last)
         return
     tile = _tile(features, device)
     tiles = triton.cdiv(vocab, tile["BLOCK_V"]) * triton.cdiv(features, tile["BLOCK_H"])
-    programs = min(tiles, _programs(device))
+    programs = min(tiles, num_sms(x.device))
     half = [tile["BLOCK_V"], tile["BLOCK_H"] // 2]
     launch(
         _add_product_kernel,
@@ -161,11 +161,6 @@ def _tries(device: int) -> bool:
         return bool(off < 2.0**-7)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-
-
-@cache
-def _programs(device: int) -> int:
-    return 1 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -12,9 +12,9 @@ from torch import Tensor
 from graphfuse.kernels._norm_rope_backward_kernel import norm_rope_backward_kernel
 from graphfuse.kernels._norm_rope_kernel import norm_rope_kernel
 from graphfuse.kernels._parts import add_parts_, overlap
-from graphfuse.kernels._rms_norm_kernel import NormOptions, num_sms
+from graphfuse.kernels._rms_norm_kernel import NormOptions
 from graphfuse.kernels._rope_launch import Rotation, Table, heads_per_program, plan_walk
-from graphfuse.kernels._triton import launch, tl, triton
+from graphfuse.kernels._triton import launch, num_sms, tl, triton
 
 TILE = 4096  # elements of a program at most, 32 to a thread
 # Heads of a program, at most, and as many tokens as there is room for. A thread has the same features of all of these

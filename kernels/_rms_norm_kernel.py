@@ -12,8 +12,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
-
 from graphfuse.kernels._bf16 import tl_widen
 from graphfuse.kernels._parts import tl_let_next_begin
 from graphfuse.kernels._strides import fold
@@ -34,8 +32,6 @@ BACKWARD = {1024: (2, 4, 4), 2048: (2, 4, 2), 4096: (1, 8, 2), 8192: (1, 16, 1),
 WIDE_BLOCK = 8192
 # Backward loads the rows of so many turns of its loop, less one, ahead.
 STAGES = 3
-
-INTERPRETER_SMS = 3  # more than one, and not a power of two
 
 
 class NormOptions(NamedTuple):
@@ -388,11 +384,3 @@ def plan_backward(features: int, rows: int) -> Launch:
         return Launch(1, WIDE_BLOCK, 32, 1)
     block_r, num_warps, per_sm = BACKWARD.get(block_d, (TILE_BACKWARD // block_d, 4, 6))
     return Launch(max(1, min(block_r, triton.next_power_of_2(rows))), block_d, num_warps, per_sm)
-
-
-@lru_cache(maxsize=64)
-def num_sms(device: torch.device) -> int:
-    """Return the number of multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETER_SMS
-    return torch.cuda.get_device_properties(device).multi_processor_count

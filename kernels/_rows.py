@@ -3,7 +3,8 @@
 The gradient of a table is a sum over the tokens that read each of its rows. Inductor adds them up by atomics in a table
 in fp32, twice as large, and then makes one in half precision of it: for 128256 x 4096 in bf16, 7.6 GB of traffic and
 3 GiB of memory where 1.3 GB and 1 GiB do. Here tokens are sorted and each row is summed in fp32 and written once, in
-the same order in every run, which atomics have not.
+the same order in every run, which atomics have not. Where the table has another gradient, as that of an output layer
+that reads it, too, they are added to that, and no other row is read or written.
 """
 # Shape letters: N = tokens, V = rows of the table, H = features.
 
@@ -23,10 +24,11 @@ def _sum_rows_kernel(
     grad_ptr,  # [N, H]
     order_ptr,  # [N], where each token stood
     tokens_ptr,  # [N], sorted
-    table_ptr,  # [V, H], zeros
+    table_ptr,  # [V, H], zeros unless IS_ADDED
     padding,  # a token whose row stays as it is
     N,
     H,
+    IS_ADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
@@ -48,6 +50,8 @@ def _sum_rows_kernel(
             found = tl.sum(is_same.to(tl.int32))
             at += BLOCK_N
         place = token.to(tl.int64) * H + cols  # can exceed 2**31
+        if IS_ADDED:
+            total += tl.load(table_ptr + place, mask=cols < H).to(tl.float32)
         tl.store(table_ptr + place, total.to(table_ptr.dtype.element_ty), mask=cols < H)
 
 
@@ -101,8 +105,14 @@ def _backward(
     if scale_by_frequency or not _op.launches(grad):
         found: Tensor = torch.ops.aten.embedding_dense_backward(grad, tokens, rows, padding, scale_by_frequency)
         return found
-    features = grad.shape[-1]
-    table = grad.new_zeros(rows, features)
+    table = grad.new_zeros(rows, grad.shape[-1])
+    _add_rows_(table, grad, tokens, padding, is_added=False)
+    return table
+
+
+def _add_rows_(table: Tensor, grad: Tensor, tokens: Tensor, padding: int, *, is_added: bool) -> None:
+    """Launch the kernel."""
+    rows, features = table.shape
     # Half the digits, half the passes of the sort.
     ordered, order = tokens.reshape(-1).to(torch.int32 if rows < 2**31 else torch.int64).sort(stable=True)
     block = min(BLOCK_H, triton.next_power_of_2(features))
@@ -117,11 +127,11 @@ def _backward(
             padding,
             len(ordered),
             features,
+            IS_ADDED=is_added,
             BLOCK_N=BLOCK_N,
             BLOCK_H=block,
             num_warps=4,
         )
-    return table
 
 
 _op.implement("embedding_backward", _backward)
@@ -130,3 +140,30 @@ _op.implement("embedding_backward", _backward)
 @torch.library.register_fake("graphfuse::embedding_backward")
 def _(grad, tokens, rows, padding, scale_by_frequency):
     return grad.new_empty(rows, grad.shape[-1])
+
+
+torch.library.define(
+    "graphfuse::embedding_backward_",
+    "(Tensor(a!) table, Tensor grad, Tensor tokens, SymInt padding) -> ()",
+    tags=_op.TAGS,
+)
+
+
+def _backward_(
+    table: Tensor,  # (V, H), the gradient is added to it
+    grad: Tensor,  # (..., H), of its dtype
+    tokens: Tensor,  # (...), integers
+    padding: int,
+) -> None:
+    if _op.launches(grad) and table.is_contiguous():
+        _add_rows_(table, grad, tokens, padding, is_added=True)
+    else:
+        table += torch.ops.aten.embedding_dense_backward(grad, tokens, table.shape[0], padding, False)
+
+
+_op.implement("embedding_backward_", _backward_)
+
+
+@torch.library.register_fake("graphfuse::embedding_backward_")
+def _(table, grad, tokens, padding):
+    return None

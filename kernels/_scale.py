@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels import _op
-from graphfuse.kernels._triton import launch, tl, triton
+from graphfuse.kernels._triton import launch, num_sms, tl, triton
 
 BLOCK = 4096
+PROGRAMS = 16  # on a multiprocessor
 
 
 @triton.jit
@@ -23,9 +24,11 @@ def _scale_kernel(
 ):
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
-        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offs, mask=offs < n)
-        tl.store(x_ptr + offs, (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty), mask=offs < n)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in tl.range(first, n, tl.num_programs(0) * BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + offs, mask=offs < n)
+            tl.store(x_ptr + offs, (x.to(tl.float32) * scale).to(x_ptr.dtype.element_ty), mask=offs < n)
 
 
 def scale_(x: Tensor, scale: Tensor) -> Tensor:
@@ -33,7 +36,9 @@ def scale_(x: Tensor, scale: Tensor) -> Tensor:
     if not (_op.launches(x) and x.is_contiguous() and scale.device == x.device):
         return x.mul_(scale)
     if x.numel():
-        launch(_scale_kernel, (triton.cdiv(x.numel(), BLOCK),), x, scale, x.numel(), BLOCK=BLOCK)
+        # A program for each block would take longer to begin than to find that there is nothing to do.
+        programs = min(triton.cdiv(x.numel(), BLOCK), PROGRAMS * num_sms(x.device))
+        launch(_scale_kernel, (programs,), x, scale, x.numel(), BLOCK=BLOCK)
     return x
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from graphfuse.kernels._softmax_device import LOG2_E, tl_exp2, tl_load_or_zero, tl_on_target, tl_skip_losses
-from graphfuse.kernels._triton import HAS_PTX, launch, tl, triton
+from graphfuse.kernels._triton import HAS_PTX, launch, num_sms, tl, triton
 
 WARPS = 4
 VECTOR = 8  # logits in a load of a lane
@@ -219,7 +219,7 @@ def _at_once(device: torch.device) -> int:
         return 100
     has_pairs = torch.cuda.get_device_capability(device) >= (8, 0)
     # Four to a multiprocessor, of which others may have most: another stream's parts, which wait for each other, too.
-    return torch.cuda.get_device_properties(device).multi_processor_count // 4 if has_pairs else 0
+    return num_sms(device) // 4 if has_pairs else 0
 
 
 def softmax_grad_parts(

@@ -22,8 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._rms_norm_kernel import num_sms
-from graphfuse.kernels._triton import launch, tl, triton
+from graphfuse.kernels._triton import launch, num_sms, tl, triton
 
 MIN_ROWS, MAX_ROWS = 16, 64  # queries of a program: fewest of a tensor core's product, and what fits in registers
 MIN_KEYS, MAX_KEYS = 16, 128  # of a block

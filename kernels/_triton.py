@@ -13,6 +13,7 @@ import logging
 import operator
 import tempfile
 from collections.abc import Callable
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -49,9 +50,19 @@ except ImportError:  # macOS, Windows: kernels are defined but never launched
 # Whether kernels may have instructions of NVIDIA's GPUs in them.
 HAS_PTX = tl.constexpr(not triton.knobs.runtime.interpret and torch.version.hip is None) if HAS_TRITON else False
 
+INTERPRETER_SMS = 3  # more than one, and not a power of two
+
 log = logging.getLogger("graphfuse")
 
-__all__ = ["HAS_PTX", "HAS_TRITON", "launch", "tl", "triton"]
+__all__ = ["HAS_PTX", "HAS_TRITON", "launch", "num_sms", "tl", "triton"]
+
+
+@lru_cache(maxsize=64)
+def num_sms(device: torch.device) -> int:
+    """Return the number of multiprocessors."""
+    if device.type != "cuda":
+        return INTERPRETER_SMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Launcher(NamedTuple):

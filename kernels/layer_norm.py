@@ -32,8 +32,8 @@ from torch.nn import functional
 from graphfuse.kernels import _norm, _op
 from graphfuse.kernels._layer_norm_kernel import layer_norm_backward_kernel, layer_norm_kernel, plan_backward
 from graphfuse.kernels._parts import add_parts_, overlap
-from graphfuse.kernels._rms_norm_kernel import STAGES, NormOptions, num_sms, plan_forward
-from graphfuse.kernels._triton import launch, triton
+from graphfuse.kernels._rms_norm_kernel import STAGES, NormOptions, plan_forward
+from graphfuse.kernels._triton import launch, num_sms, triton
 
 __all__ = ["layer_norm", "layer_norm_reference"]
 

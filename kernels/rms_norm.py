@@ -32,13 +32,12 @@ from graphfuse.kernels._parts import add_parts_, overlap
 from graphfuse.kernels._rms_norm_kernel import (
     STAGES,
     NormOptions,
-    num_sms,
     plan_backward,
     plan_forward,
     rms_norm_backward_kernel,
     rms_norm_kernel,
 )
-from graphfuse.kernels._triton import launch, triton
+from graphfuse.kernels._triton import launch, num_sms, triton
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 

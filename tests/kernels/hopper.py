@@ -102,10 +102,12 @@ class Hopper(DriverBase):
 def pretend() -> Hopper:
     """Have kernels compiled and launched for a GPU that is not there, of tensors on the CPU."""
     from graphfuse.kernels import (
+        _half_product,
         _norm_rope_launch,
         _op,
         _parts,
-        _rms_norm_kernel,
+        _scale,
+        _softmax_grad_parts,
         _split_attention_kernel,
         layer_norm,
         rms_norm,
@@ -114,7 +116,8 @@ def pretend() -> Hopper:
     hopper = Hopper()
     driver.set_active(hopper)
     _op.launches = lambda *operands: _op.compute_dtype(*operands) == torch.float32
-    for module in (_norm_rope_launch, _rms_norm_kernel, _split_attention_kernel, layer_norm, rms_norm):
+    counting = [_half_product, _norm_rope_launch, _scale, _softmax_grad_parts, _split_attention_kernel]
+    for module in (*counting, layer_norm, rms_norm):
         module.num_sms = lambda _: MULTIPROCESSORS
     _parts.can_overlap = lambda _: True
     return hopper

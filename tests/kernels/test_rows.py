@@ -46,6 +46,29 @@ def test_takes_any_layout(scale, device):
     assert_no_worse(table_gradient, eager, (grad, tokens), {"scale": scale})
 
 
+@HALF
+def test_adds_to_what_is_there(dtype, device):
+    """The sum is rounded once; other rows, and that of the padding, stay as they are."""
+    tokens = torch.randint(4, 9, (30,), device=device)
+    table, grad = torch.randn(V, 24, device=device).to(dtype), torch.randn(30, 24, device=device).to(dtype)
+
+    def added(table, grad):
+        found = table.clone()
+        torch.ops.graphfuse.embedding_backward_(found, grad, tokens, 5)
+        return found
+
+    assert_no_worse(added, lambda table, grad: table + eager(grad, tokens, padding=5), (table, grad))
+    others = [*range(4), 5, *range(9, V)]
+    assert torch.equal(added(table, grad)[others], table[others])
+
+
+def test_adds_to_any_layout(device):
+    tokens, table = torch.randint(V, (6,), device=device), torch.zeros(4, V, device=device).t()
+    grad = torch.randn(6, 4, device=device)
+    torch.ops.graphfuse.embedding_backward_(table, grad, tokens, -1)
+    torch.testing.assert_close(table, eager(grad, tokens))
+
+
 def test_of_no_token(device):
     found = table_gradient(torch.ones(0, 4, device=device), torch.zeros(0, dtype=torch.int64, device=device))
     assert found.shape == (V, 4)

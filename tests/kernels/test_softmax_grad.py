@@ -249,7 +249,8 @@ def test_huge_logits(extent, scale, dtype, device):
     losses, grad = fused(softmax_grad_triton, target, NLL, Logits(scale))(logits, factors)
     right, right_grad = eager(target, NLL, Logits(scale))(logits.double(), factors.double())
     torch.testing.assert_close(losses.float(), right.to(dtype).float())
-    torch.testing.assert_close(grad, right_grad.to(dtype))
+    apart = torch.finfo(dtype).eps * 2
+    torch.testing.assert_close(grad, right_grad.to(dtype), rtol=apart, atol=1e-7 * scale)  # of what cancels
 
 
 @pytest.mark.gpu

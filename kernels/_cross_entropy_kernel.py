@@ -233,6 +233,7 @@ def _token_losses_gradient_kernel(
             V,
             SCALE,
             SOFTCAP,
+            logits_ptr.dtype.element_ty.primitive_bitwidth == 16,
             is_smoothed,
         )
     grad = grad.to(grad_ptr.dtype.element_ty)

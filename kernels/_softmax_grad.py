@@ -264,6 +264,8 @@ def _softmax_grad_kernel(
         is_known = (target >= 0) & (target < V)
         at_target = tl.load(row_ptr + tl.where(is_known, target, 0)).to(tl.float32)
         is_smoothed: tl.constexpr = smooth_factor_ptr is not None
+        narrow: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth == 16
+        weights = class_weight_ptr
         tl.debug_barrier()  # every read of this row so far comes before any write to it
         # Backwards: what was read last is what the cache still has. Only the end of a row takes a mask.
         whole = V // BLOCK * BLOCK
@@ -271,18 +273,18 @@ def _softmax_grad_kernel(
             cols = start + offs
             a = tl.load(row_ptr + cols, mask=cols < L, other=0.0).to(tl.float32)
             a = tl.where(cols < V, a, 0.0)
-            grad = tl_gradient(a, cols, 0.0, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed)
+            grad = tl_gradient(a, cols, 0.0, top, p_factor, smooth, weights, V, SCALE, SOFTCAP, narrow, is_smoothed)
             grad = tl.where(cols < V, grad, 0.0).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + row * L + cols, grad, mask=cols < L, eviction_policy="evict_first")
         for back in tl.range(BLOCK, whole + BLOCK, BLOCK):
             cols = whole - back + offs
             a = tl.load(row_ptr + cols, eviction_policy="evict_first").to(tl.float32)
-            grad = tl_gradient(a, cols, 0.0, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed)
+            grad = tl_gradient(a, cols, 0.0, top, p_factor, smooth, weights, V, SCALE, SOFTCAP, narrow, is_smoothed)
             grad = grad.to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + row * L + cols, grad, eviction_policy="evict_first")
         tl.debug_barrier()  # the target's comes last
         of_target = tl_gradient(
-            at_target, target, on_target, top, p_factor, smooth, class_weight_ptr, V, SCALE, SOFTCAP, is_smoothed
+            at_target, target, on_target, top, p_factor, smooth, weights, V, SCALE, SOFTCAP, narrow, is_smoothed
         )
         tl.store(grad_ptr + row * L + target, of_target.to(grad_ptr.dtype.element_ty), mask=is_known)
 

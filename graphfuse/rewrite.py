@@ -253,7 +253,7 @@ def hoist(shadow: Shadow) -> None:
             if mask not in handed or storage_key(mask.meta["example_value"]) in body.mutations:
                 continue
             with graph.inserting_before(node):
-                outside = graph.call_function(look_at, (handed[mask],))
+                outside = graph.call_function(look_at, (handed[mask], *look.args[1:]))
             with body.graph_module.graph.inserting_after(inputs[-1]):
                 inside = body.graph_module.graph.placeholder("is_causal")
             _describe(outside.prev, node)

@@ -16,6 +16,7 @@ KERNELS = {
 }
 # The orders in which PyTorch itself tries them, by the numbers of SDPBackend: the second one where it prefers cuDNN's.
 OWN_ORDERS = ((1, 2, 0, 3), (3, 1, 2, 0))
+MOST_FEATURES = 256  # of flash attention
 ALIGNMENT = 8  # features of a head; PyTorch pads others, above the kernels
 
 # Answers, and how many of them are kept: asking PyTorch costs 12 us, twice a layer.
@@ -36,6 +37,20 @@ def sdpa_kernel(
             _backends.clear()
         backend = _backends[call] = _choose(query, key, value, mask, is_causal, scale, wanted)
     return backend
+
+
+def can_slide(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is a kernel that skips what a sliding window hides: flash attention as PyTorch brings it.
+
+    Of tensors that may be fake; at the call, PyTorch is asked as well.
+    """
+    features = query.shape[-1]
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    if not (query.is_cuda and torch.cuda.is_available() and torch.version.hip is None and is_half and may_choose()):
+        return False
+    fits = features == key.shape[-1] == value.shape[-1] <= MOST_FEATURES and features % ALIGNMENT == 0
+    another = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()  # activated by the user
+    return fits and another is None and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def may_choose() -> bool:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend
 
 from graphfuse.kernels._ahead import address
 from graphfuse.kernels._op import VECTOR_BYTES
-from graphfuse.kernels._sdpa_kernel import sdpa_kernel
+from graphfuse.kernels._sdpa_kernel import can_slide, sdpa_kernel
 
 aten = torch.ops.aten
 
@@ -27,8 +27,16 @@ def forward(
     is_causal: bool,
     scale: float,
     wanted: str = "",
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """The result (B, H, S, E), and the logsumexp of the scores; `wanted` names a kernel, or leaves it to PyTorch."""
+    """The result (B, H, S, E), and the logsumexp of the scores; `wanted` names a kernel, or leaves it to PyTorch.
+
+    With a `window`, a position of a causal mask sees that many keys, itself among them.
+    """
+    if window and _slides(query, key, value, scale):
+        return _forward_sliding(query, key, value, scale, window)
+    if window:
+        mask, is_causal = triangle(query.new_empty(()).expand(query.shape[2], key.shape[2]), window), False
     backend, q, k, v = fitted(query, key, value, mask, is_causal, scale, wanted)
     bias = _bias(mask, query, backend)
     if query.numel() == 0 or backend == SDPBackend.MATH:
@@ -62,8 +70,13 @@ def backward(
     lse: Tensor,
     scale: float,
     wanted: str = "",
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
+    if window and _slides(query, key, value, scale):
+        return _backward_sliding(grad, query, key, value, out, lse, scale, window)
+    if window:
+        mask, is_causal = triangle(query.new_empty(()).expand(query.shape[2], key.shape[2]), window), False
     backend, q, k, v = fitted(query, key, value, mask, is_causal, scale, wanted)
     bias = _bias(mask, query, backend)
     unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that there is not
@@ -103,6 +116,38 @@ def backward(
             grad, q, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], is_causal, scale=scale
         )
     q_grad, k_grad, v_grad, *_ = grads
+    return (
+        laid_out(q_grad, query),
+        laid_out(_sum_groups(k_grad, key), key),
+        laid_out(_sum_groups(v_grad, value), value),
+    )
+
+
+def _slides(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
+    """Whether flash attention takes the call, which alone has a window."""
+    fits = query.numel() > 0 and can_slide(query, key, value)
+    return fits and sdpa_kernel(query, key, value, None, True, scale, "flash") == SDPBackend.FLASH_ATTENTION
+
+
+def _forward_sliding(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+    sizes, sides = (query.shape[2], key.shape[2]), {"window_size_left": window - 1, "window_size_right": 0}
+    out, lse, *_ = aten._flash_attention_forward.default(
+        q, k, v, None, None, *sizes, 0.0, True, False, scale=scale, **sides
+    )
+    return _heads_within_tokens(out.transpose(1, 2)), lse
+
+
+def _backward_sliding(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = [states.transpose(1, 2) for states in (grad, query, key, value, out)]
+    sizes, sides = (query.shape[2], key.shape[2]), {"window_size_left": window - 1, "window_size_right": 0}
+    unused = torch.empty((), dtype=torch.int64, device=query.device)  # the state of a dropout that there is not
+    grads = aten._flash_attention_backward.default(
+        *tensors, lse, None, None, *sizes, 0.0, True, unused, unused, scale=scale, **sides
+    )
+    q_grad, k_grad, v_grad = (found.transpose(1, 2) for found in grads)
     return (
         laid_out(q_grad, query),
         laid_out(_sum_groups(k_grad, key), key),
@@ -192,9 +237,10 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, sc
     return scores + mask.to(compute)
 
 
-def triangle(like: Tensor) -> Tensor:
-    """The causal mask (S, T) of these scores or masks."""
-    return torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).tril()
+def triangle(like: Tensor, window: int = 0) -> Tensor:
+    """The causal mask (S, T) of these scores or masks; in a window, each position sees so many keys."""
+    seen = torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device).tril()
+    return seen.triu(1 - window) if window else seen
 
 
 def _repeat(states: Tensor, query: Tensor) -> Tensor:

@@ -54,18 +54,20 @@ def attention(
     is_grouped: bool = False,
     takes_groups: bool = True,
     kernel: str = "",
+    window: int = 0,
 ) -> Tensor:
-    """Attention of every query to every key, or to those up to its own position.
+    """Attention of every query to every key, or to those up to its own position, or to the last of those.
 
     Args:
         query: (B, H, S, D), fp16, bf16, fp32 or fp64.
         key: (B, G, T, D), H a multiple of G; head h of the queries sees head h * G // H.
         value: (B, G, T, E).
-        scale: of the scores; `None`, where no kernel is named, is 1 / sqrt(D).
+        scale: of the scores; `None`, where there is neither a kernel named nor a window, is 1 / sqrt(D).
         is_causal: whether position s sees no more than keys 0 to s.
         is_grouped: whether G is not H.
         takes_groups: whether PyTorch's choice takes fewer heads of keys than of queries; else they are repeated.
         kernel: "flash", "cudnn" or "efficient", where that one takes the call and may; or PyTorch's choice.
+        window: how many keys a position sees, itself and those before it, if that is causal; 0: all of them.
 
     Returns:
         (B, H, S, E), in the dtype of `query`.
@@ -73,8 +75,8 @@ def attention(
     Raises:
         RuntimeError: PyTorch's, of shapes that do not fit.
     """
-    if kernel:
-        out: Tensor = torch.ops.graphfuse.attention(query, key, value, is_causal, scale, kernel)[0]
+    if kernel or window:
+        out: Tensor = torch.ops.graphfuse.attention(query, key, value, is_causal, scale, kernel, window)[0]
         return out
     if is_grouped and not takes_groups:
         times = query.size(1) // key.size(1)
@@ -85,13 +87,13 @@ def attention(
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str, window: int = 0
 ) -> tuple[Tensor, Tensor]:
-    return forward(query, key, value, None, is_causal, scale, kernel)
+    return forward(query, key, value, None, is_causal, scale, kernel, window)
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     return fake_forward(query, value)
 
@@ -106,8 +108,9 @@ def _backward(
     lse: Tensor,
     scale: float,
     kernel: str,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad, query, key, value, None, is_causal, out, lse, scale, kernel)
+    return backward(grad, query, key, value, None, is_causal, out, lse, scale, kernel, window)
 
 
 def _fake_backward(
@@ -120,19 +123,21 @@ def _fake_backward(
     lse: Tensor,
     scale: float,
     kernel: str,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_backward(query, key, value)
 
 
 torch.library.define(
     "graphfuse::attention",
-    "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, str kernel) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, str kernel, "
+    "int window=0) -> (Tensor, Tensor)",
     tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, bool is_causal, Tensor out, Tensor lse, float scale, "
-    "str kernel) -> (Tensor, Tensor, Tensor)",
+    "str kernel, int window=0) -> (Tensor, Tensor, Tensor)",
     tags=_op.TAGS,
 )
 _op.implement("attention", _forward)
@@ -142,7 +147,7 @@ torch.library.register_fake("graphfuse::attention_backward", _fake_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.is_causal, ctx.scale, ctx.kernel = inputs
+    *tensors, ctx.is_causal, ctx.scale, ctx.kernel, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -150,9 +155,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse = ctx.saved_tensors
     grads = torch.ops.graphfuse.attention_backward(
-        grad, query, key, value, ctx.is_causal, out, lse, ctx.scale, ctx.kernel
+        grad, query, key, value, ctx.is_causal, out, lse, ctx.scale, ctx.kernel, ctx.window
     )
-    return *grads, None, None, None
+    return *grads, None, None, None, None
 
 
 torch.library.register_autograd("graphfuse::attention", _autograd, setup_context=_setup_context)

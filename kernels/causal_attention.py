@@ -94,12 +94,13 @@ def _forward(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     causal = bool(is_causal)
     blind, allowed = _blind(query, None if causal else mask, absorbing_from)
     paths["causal" if causal else "masked"] += 1
     kernel = causal_kernel if causal else masked_kernel
-    return forward(_without(query, blind), key, value, allowed, causal, scale, kernel)
+    return forward(_without(query, blind), key, value, allowed, causal, scale, kernel, window if causal else 0)
 
 
 def _fake(
@@ -113,6 +114,7 @@ def _fake(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     return fake_forward(query, value)
 
@@ -131,12 +133,14 @@ def _backward(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = bool(is_causal)
     blind, allowed = _blind(query, None if causal else mask, absorbing_from)
     kernel = causal_kernel if causal else masked_kernel
     seeing = _without(query, blind)
-    q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel)
+    slide = window if causal else 0
+    q_grad, k_grad, v_grad = backward(grad, seeing, key, value, allowed, causal, out, lse, scale, kernel, slide)
     if blind is not None and allowed is not None and is_added:
         k_grad = laid_out(k_grad + _of_blind(grad, query, key, value, allowed, blind, scale), key)
     else:
@@ -175,31 +179,32 @@ def _fake_backward(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_backward(query, key, value)
 
 
-def _looks(mask: Tensor) -> Tensor:
+def _looks(mask: Tensor, window: int = 0) -> Tensor:
     if mask.shape[-1] != mask.shape[-2]:
         return torch.tensor(False)
-    seen = triangle(mask)
+    seen = triangle(mask, window)
     same = mask == seen if mask.dtype == torch.bool else torch.where(seen, mask == 0, mask <= MASKED)
     return same.all().cpu()
 
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask) -> Tensor", tags=_TAGS)
+torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask, int window=0) -> Tensor", tags=_TAGS)
 torch.library.define(
     "graphfuse::causal_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale, str causal_kernel, "
-    "str masked_kernel, bool is_added, float absorbing_from) -> (Tensor, Tensor)",
+    "str masked_kernel, bool is_added, float absorbing_from, int window=0) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "graphfuse::causal_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, Tensor out, Tensor lse, "
-    "float scale, str causal_kernel, str masked_kernel, bool is_added, float absorbing_from) "
+    "float scale, str causal_kernel, str masked_kernel, bool is_added, float absorbing_from, int window=0) "
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -211,13 +216,13 @@ torch.library.register_fake("graphfuse::causal_attention_backward", _fake_backwa
 
 
 @torch.library.register_fake("graphfuse::is_lower_triangle")
-def _(mask):
+def _(mask, window=0):
     return torch.empty((), dtype=torch.bool, device="cpu")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, causal_kernel, masked_kernel, is_added, absorbing_from = inputs
-    ctx.options = (scale, causal_kernel, masked_kernel, is_added, absorbing_from)
+    *tensors, scale, causal_kernel, masked_kernel, is_added, absorbing_from, window = inputs
+    ctx.options = (scale, causal_kernel, masked_kernel, is_added, absorbing_from, window)
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -225,25 +230,33 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, mask, is_causal, out, lse = ctx.saved_tensors
     tensors = (query, key, value, mask, is_causal, out, lse)
-    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 7
+    return *torch.ops.graphfuse.causal_attention_backward(grad, *tensors, *ctx.options), *(None,) * 8
 
 
 torch.library.register_autograd("graphfuse::causal_attention", _autograd, setup_context=_setup_context)
 
 
-def is_lower_triangle(mask: Tensor) -> Tensor:
+def is_lower_triangle(mask: Tensor, window: int = 0) -> Tensor:
     """Whether a mask is the causal one, as a () bool tensor on the CPU: waits for the mask to be there.
 
     Args:
         mask: (..., S, T), bool (True attends) or floating (added to the scores: 0 attends, -9e3 and less does not).
             Where S is not T, the answer is no.
+        window: how many keys a position sees, itself and those before it; 0: all of them.
     """
-    found: Tensor = torch.ops.graphfuse.is_lower_triangle(mask)
+    found: Tensor = torch.ops.graphfuse.is_lower_triangle(mask, window)
     return found
 
 
 def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, is_causal: Tensor, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    is_causal: Tensor,
+    *,
+    scale: float | None = None,
+    window: int = 0,
 ) -> Tensor:
     """Scaled dot-product attention that uses the causal kernel where the mask is the lower triangle.
 
@@ -252,8 +265,9 @@ def causal_attention(
         key: (B, G, T, D), H a multiple of G; head h of the queries sees head h * G // H.
         value: (B, G, T, E).
         mask: broadcastable to (B, H, S, T), bool (True attends) or floating (added to the scores). Gets no gradient.
-        is_causal: what `is_lower_triangle(mask)` returned: () bool, on the CPU.
+        is_causal: what `is_lower_triangle(mask, window)` returned: () bool, on the CPU.
         scale: of the scores; 1 / sqrt(D) by default.
+        window: how many keys a position sees under the causal mask, itself and those before it; 0: all of them.
 
     Returns:
         (B, H, S, E), in the dtype of `query`.
@@ -274,6 +288,6 @@ def causal_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     absorbing_from = absorbing(_op.compute_dtype(query))
     out: Tensor = torch.ops.graphfuse.causal_attention(
-        query, key, value, mask, is_causal, scale, "", "", True, absorbing_from
+        query, key, value, mask, is_causal, scale, "", "", True, absorbing_from, window
     )[0]
     return out

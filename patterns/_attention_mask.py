@@ -31,11 +31,13 @@ class Known:
         depends_on: names of inputs, or of what else makes it another mask in another call; empty for a constant.
         contents: the masks that were looked at, as they were when they were found to be that.
         is_causal: whether it is the lower triangle.
+        window: how many positions each sees of that, itself and those before it; 0: all of them.
     """
 
     depends_on: tuple[str, ...]
     contents: tuple[Tensor, ...]
     is_causal: bool = True
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,10 @@ def look(
     shadow: Shadow,
     *,
     may_hide_nothing: bool = False,
+    may_slide: bool = False,
 ) -> Known | Unfit:
     """What is known of the mask that `combine` makes of all of `masks`, or why it is not the lower triangle."""
+    sliding: Known | None = None
     for mask in masks:
         if mask.tensor.requires_grad:
             return Unfit("mask: expected one that needs no gradient, got one that requires it", "detach() the mask")
@@ -82,8 +86,12 @@ def look(
                     return Known(depends_on, contents)
                 if may_hide_nothing and not depends_on and _hides_nothing(whole):
                     return Known((), contents, is_causal=False)
+                if may_slide and sliding is None and (window := _window(whole)):
+                    sliding = Known(depends_on, contents, window=window)
     except CannotEvaluate as error:
         return Unfit(f"mask: {error}")
+    if sliding is not None:
+        return sliding
     other = "one even where nothing is padded" if leaves else "constant"
     reason = f"mask: expected the lower triangle, got another {other}"
     return Unfit(reason, "a sliding window as long as the sequence is causal; what else differs from that is not")
@@ -91,6 +99,13 @@ def look(
 
 def _hides_nothing(mask: Tensor) -> bool:
     return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+
+
+def _window(mask: Tensor) -> int:
+    """How many positions the last one sees, if all see as many, or what there is; else 0."""
+    last = mask.reshape(-1, mask.shape[-1])[-1:]
+    window = int((last if mask.dtype == torch.bool else last == 0).sum())
+    return window if window and is_lower_triangle(mask, window) else 0
 
 
 def device_of(mask: Tensor) -> torch.device:
@@ -116,9 +131,10 @@ def _harmless(leaf: Value, device: torch.device) -> Iterator[Tensor]:
             yield torch.ones(shape, dtype=dtype, device=device).tril()
 
 
-def triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, window: int = 0) -> Tensor:
     """The causal mask: True, 1 or 0 is seen; False, 0 or a large negative number is not."""
-    return as_mask(torch.ones(shape, dtype=torch.bool, device=device).tril(), dtype)
+    seen = torch.ones(shape, dtype=torch.bool, device=device).tril()
+    return as_mask(seen.triu(1 - window) if window else seen, dtype)
 
 
 def as_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,10 @@ take grouped keys and values as they are.
   lower triangle then, the graph looks at the mask that it has, once for all layers, and every layer goes one way or
   the other: `graphfuse::causal_attention`.
 
-Left alone: masks that are something else even so (sliding windows, biases that are learned), and dropout.
+A sliding window is such a mask, too, where flash attention takes the states: in fp16 and bf16, on NVIDIA's GPUs. It
+skips what is out of the window as well.
+
+Left alone: masks that are something else even so (biases that are learned), and dropout.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from graphfuse.kernels._sdpa_kernel import can_slide
 from graphfuse.kernels.attention import attention
 from graphfuse.kernels.causal_attention import absorbing, paths
 from graphfuse.match import Match, Pattern, Refusal, argument, number, short
@@ -40,16 +44,17 @@ HALF = (torch.float16, torch.bfloat16)
 
 def find(shadow: Shadow) -> Iterator[Match | Refusal]:
     """Every attention of the shadow that has a mask."""
-    seen: dict[Value, Known | Unfit] = {}
+    seen: dict[tuple[Value, bool], Known | Unfit] = {}
     for value in shadow.values:
         if value.op is not aten.scaled_dot_product_attention.default or len(value.args) < 3:
             continue
         mask = argument(value, 3, "attn_mask")
         if not isinstance(mask, Value):
             continue
-        if mask not in seen:
-            seen[mask] = _look(mask, shadow)
-        found = seen[mask]
+        may_slide = can_slide(*(states.tensor for states in value.args[:3]))
+        if (mask, may_slide) not in seen:
+            seen[mask, may_slide] = _look(mask, shadow, may_slide=may_slide)
+        found = seen[mask, may_slide]
         unfit = found if isinstance(found, Unfit) else _unfit(value, mask)
         if unfit is not None:
             yield Refusal(NAME, value, unfit.reason, COVERS, unfit.hint)
@@ -70,12 +75,12 @@ def _unfit(value: Value, mask: Value) -> Unfit | None:
     return None
 
 
-def _look(mask: Value, shadow: Shadow) -> Known | Unfit:
+def _look(mask: Value, shadow: Shadow, *, may_slide: bool) -> Known | Unfit:
     """What is known of the mask, or why it is not the lower triangle."""
     if mask.tensor.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         reason = f"mask: expected as many queries as keys, got shape {mask.shape}"
         return Unfit(reason, "if keys of earlier calls are among them: use_cache=False, in training")
-    return look([mask], lambda contents: contents[0], shadow)
+    return look([mask], lambda contents: contents[0], shadow, may_slide=may_slide)
 
 
 def _match(value: Value, mask: Value, known: Known) -> Match:
@@ -95,6 +100,7 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
     def tensors() -> tuple[Tensor, Tensor, Tensor]:
         return query.tensor, key.tensor, value_states.tensor
 
+    window = f", {known.window} seen" if known.window else ""
     lengths = frozenset(mask.shape[-1:])  # a mask of numbers may be as large as all else together
     if known.depends_on:
         return Match(
@@ -108,14 +114,15 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
                 "masked_kernel": "",
                 # Whatever the dtype of the queries, PyTorch's kernels add masks in no less than float32.
                 "absorbing_from": absorbing(torch.promote_types(query.dtype, torch.float32)),
+                "window": known.window,
             },
-            variant=f"mask looked at on every call, {heads}{short(query.dtype)}",
+            variant=f"mask looked at on every call{window}, {heads}{short(query.dtype)}",
             covers=COVERS,
-            samplers={**states, 3: (_triangle, _holes)},
+            samplers={**states, 3: (partial(_triangle, window=known.window), _holes)},
             scalable=lengths,
             above_views=False,
             waits=True,
-            choose=partial(choose_kernels, tensors, lambda: mask.tensor, trains=has_backward),
+            choose=None if known.window else partial(choose_kernels, tensors, lambda: mask.tensor, trains=has_backward),
             formula=FORMULA,
             frees="",
         )
@@ -125,13 +132,20 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
         outputs=(value,),
         inputs=(query, key, value_states, mask),
         replacement=dropped,
-        params={"scale": scale, "enable_gqa": enable_gqa, "kernel": ""},
-        variant=f"mask of {mask.shape[-1]} positions dropped, {heads}{short(query.dtype)}",
+        params={
+            "scale": size if known.window else scale,
+            "enable_gqa": enable_gqa,
+            "kernel": "",
+            "window": known.window,
+        },
+        variant=f"mask of {mask.shape[-1]} positions dropped{window}, {heads}{short(query.dtype)}",
         covers=COVERS,
-        samplers={**states, 3: _triangle},
+        samplers={**states, 3: partial(_triangle, window=known.window)},
         scalable=lengths,
         above_views=False,
-        choose=partial(choose_kernel, tensors, is_causal=True, trains=has_backward, scale=size),
+        choose=None
+        if known.window  # which only one kernel knows
+        else partial(choose_kernel, tensors, is_causal=True, trains=has_backward, scale=size),
         formula=FORMULA,
         frees="",
     )
@@ -142,8 +156,10 @@ def _takes_groups(query: Value) -> bool:
     return query.tensor.device.type != "cuda" or (query.dtype in HALF and query.shape[-1] <= 256)
 
 
-def _triangle(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: torch.Generator) -> Tensor:
-    return triangle(shape, dtype, device)
+def _triangle(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, _: torch.Generator, *, window: int
+) -> Tensor:
+    return triangle(shape, dtype, device, window)
 
 
 def _holes(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Tensor:
@@ -161,9 +177,12 @@ def dropped(
     scale: float | None,
     enable_gqa: bool,
     kernel: str,
+    window: int,
 ) -> Tensor:
     """Stands in the place of attention under a mask that is always causal."""
-    return attention(query, key, value, scale=scale, is_causal=True, is_grouped=enable_gqa, kernel=kernel)
+    return attention(
+        query, key, value, scale=scale, is_causal=True, is_grouped=enable_gqa, kernel=kernel, window=window
+    )
 
 
 def looked_at(
@@ -176,11 +195,12 @@ def looked_at(
     causal_kernel: str,
     masked_kernel: str,
     absorbing_from: float,
+    window: int,
 ) -> Tensor:
     """Stands in the place of attention under a mask that is causal where nothing is padded."""
-    is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
+    is_causal = torch.ops.graphfuse.is_lower_triangle(mask, window)
     out: Tensor = torch.ops.graphfuse.causal_attention(
-        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel, True, absorbing_from
+        query, key, value, mask, is_causal, scale, causal_kernel, masked_kernel, True, absorbing_from, window
     )[0]
     return out
 

@@ -64,13 +64,49 @@ def test_a_kernel_by_its_name_is_no_worse(device, dtype, groups, is_causal, kern
     assert_no_worse(named, eager, heads(device, groups, dtype), slack=1.25)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_passes_opcheck(device, is_causal):
+@pytest.mark.parametrize("window", [1, 7, S, S + 9])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_window_is_no_worse(device, dtype, groups, window):
+    """Flash attention's on GPUs, in half precision; elsewhere a mask."""
+
+    def sliding(q, k, v):
+        return attention(q, k, v, scale=0.3, is_causal=True, is_grouped=groups != 4, window=window)
+
+    def eager(q, k, v):
+        k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
+        seen = TRIANGLE.to(device).triu(1 - window)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3)
+
+    assert_no_worse(sliding, eager, heads(device, groups, dtype), slack=1.25)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", [64, 128, 256])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_window_of_many_positions(features, packed):
+    """Blocks that are skipped, and those that are cut: what is far away makes no difference."""
+    length, window = 1500, 300
+    shape = (2, length, 3, 4, features) if packed else (3, 2, length, 4, features)
+    states = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in states.unbind(2 if packed else 0))
+    seen = torch.ones(length, length, dtype=torch.bool, device="cuda").tril().triu(1 - window)
+    out = attention(q, k, v, scale=0.1, is_causal=True, window=window)
+    wanted = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)), seen, scale=0.1)
+    grad = torch.randn_like(out)
+    found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    right = [wanted, *torch.autograd.grad(wanted, (q, k, v), grad.double())]
+    for one, other in zip(found, right, strict=True):
+        assert (one.double() - other).norm() < 6e-3 * other.norm()
+
+
+@pytest.mark.parametrize(("is_causal", "window"), [(False, 0), (True, 0), (True, 5)])
+def test_passes_opcheck(device, is_causal, window):
     q, k, v = heads(device, 2)
-    torch.library.opcheck(torch.ops.graphfuse.attention, (q, k, v, is_causal, 0.25, "flash"))
+    torch.library.opcheck(torch.ops.graphfuse.attention, (q, k, v, is_causal, 0.25, "flash", window))
     states = [x.detach() for x in (q, k, v)]
-    out, lse = torch.ops.graphfuse.attention(*states, is_causal, 0.25, "flash")
-    inputs = (torch.randn_like(out), *states, is_causal, out, lse, 0.25, "flash")
+    out, lse = torch.ops.graphfuse.attention(*states, is_causal, 0.25, "flash", window)
+    inputs = (torch.randn_like(out), *states, is_causal, out, lse, 0.25, "flash", window)
     torch.library.opcheck(torch.ops.graphfuse.attention_backward, inputs)
 
 

@@ -102,6 +102,30 @@ def test_looks_at_the_mask(device, mask, answer):
     assert (found.device.type, found.shape, bool(found)) == ("cpu", (), answer)
 
 
+@pytest.mark.parametrize("window", [1, 3, S])
+@pytest.mark.parametrize("change", [lambda mask: mask, additive], ids=["bool", "added"])
+def test_looks_at_the_mask_of_a_window(device, change, window):
+    mask = change(TRIANGLE.triu(1 - window)).to(device)
+    assert [bool(is_lower_triangle(mask, size)) for size in (window, 0, window - 1 or S)] == [True, window == S, False]
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_is_no_worse(device, dtype, groups):
+    """Where the mask is that of the window, and where it hides more."""
+    band = TRIANGLE.triu(-3).to(device)
+
+    def eager(q, k, v, mask):
+        k, v = (x.repeat_interleave(4 // groups, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+    def op(q, k, v, mask):
+        return causal_attention(q, k, v, mask, is_lower_triangle(mask, 4), window=4)
+
+    for mask in (band, band & PADDED.to(device) | torch.eye(S, dtype=torch.bool, device=device)):
+        assert_no_worse(op, eager, (*heads(device, groups=groups, dtype=dtype), mask), slack=1.25)
+
+
 def test_counts_the_paths(device):
     q, k, v = heads(device)
     before = paths.copy()

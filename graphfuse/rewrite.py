@@ -255,7 +255,8 @@ def hoist(shadow: Shadow) -> None:
             with graph.inserting_before(node):
                 outside = graph.call_function(look_at, (handed[mask], *look.args[1:]))
             with body.graph_module.graph.inserting_after(inputs[-1]):
-                inside = body.graph_module.graph.placeholder("is_causal")
+                # fx makes names of nodes differ, but not those of arguments.
+                inside = body.graph_module.graph.placeholder(f"is_causal_{len(inputs)}")
             _describe(outside.prev, node)
             look.replace_all_uses_with(inside)
             body.graph_module.graph.erase_node(look)

@@ -44,6 +44,8 @@ def can_slide(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
     Of tensors that may be fake; at the call, PyTorch is asked as well.
     """
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
     features = query.shape[-1]
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if not (query.is_cuda and torch.cuda.is_available() and torch.version.hip is None and is_half and may_choose()):

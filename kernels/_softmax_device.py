@@ -71,7 +71,7 @@ def tl_bend(a, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, IS_NARROW: tl.constex
     z = a * SCALE
     bent = 0.0
     if SOFTCAP != 0.0:
-        if IS_NARROW:
+        if IS_NARROW and SOFTCAP <= 1000.0:
             # To 1e-7 of 1, not of itself: as z is, an exponent, that is enough. A third of the instructions.
             DOUBLED: tl.constexpr = 2.0 * LOG2_E * SCALE / SOFTCAP
             bent = 1.0 - 2.0 * tl_reciprocal(1.0 + tl_exp2(a * DOUBLED))

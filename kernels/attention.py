@@ -74,7 +74,10 @@ def attention(
 
     Raises:
         RuntimeError: PyTorch's, of shapes that do not fit.
+        ValueError: a window that is not causal.
     """
+    if window and not is_causal:
+        raise ValueError(f"window: expected 0 where attention is not causal, got {window}")
     if kernel or window:
         out: Tensor = torch.ops.graphfuse.attention(query, key, value, is_causal, scale, kernel, window)[0]
         return out
@@ -87,13 +90,13 @@ def attention(
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str, window: int = 0
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str, window: int
 ) -> tuple[Tensor, Tensor]:
     return forward(query, key, value, None, is_causal, scale, kernel, window)
 
 
 def _fake(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str, window: int = 0
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str, window: int
 ) -> tuple[Tensor, Tensor]:
     return fake_forward(query, value)
 
@@ -108,7 +111,7 @@ def _backward(
     lse: Tensor,
     scale: float,
     kernel: str,
-    window: int = 0,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return backward(grad, query, key, value, None, is_causal, out, lse, scale, kernel, window)
 
@@ -123,21 +126,20 @@ def _fake_backward(
     lse: Tensor,
     scale: float,
     kernel: str,
-    window: int = 0,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_backward(query, key, value)
 
 
 torch.library.define(
     "graphfuse::attention",
-    "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, str kernel, "
-    "int window=0) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, bool is_causal, float scale, str kernel, int window) -> (Tensor, Tensor)",
     tags=_op.TAGS,
 )
 torch.library.define(
     "graphfuse::attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, bool is_causal, Tensor out, Tensor lse, float scale, "
-    "str kernel, int window=0) -> (Tensor, Tensor, Tensor)",
+    "str kernel, int window) -> (Tensor, Tensor, Tensor)",
     tags=_op.TAGS,
 )
 _op.implement("attention", _forward)

@@ -94,7 +94,7 @@ def _forward(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
-    window: int = 0,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     causal = bool(is_causal)
     blind, allowed = _blind(query, None if causal else mask, absorbing_from)
@@ -114,7 +114,7 @@ def _fake(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
-    window: int = 0,
+    window: int,
 ) -> tuple[Tensor, Tensor]:
     return fake_forward(query, value)
 
@@ -133,7 +133,7 @@ def _backward(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
-    window: int = 0,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     causal = bool(is_causal)
     blind, allowed = _blind(query, None if causal else mask, absorbing_from)
@@ -179,12 +179,12 @@ def _fake_backward(
     masked_kernel: str,
     is_added: bool,
     absorbing_from: float,
-    window: int = 0,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return fake_backward(query, key, value)
 
 
-def _looks(mask: Tensor, window: int = 0) -> Tensor:
+def _looks(mask: Tensor, window: int) -> Tensor:
     if mask.shape[-1] != mask.shape[-2]:
         return torch.tensor(False)
     seen = triangle(mask, window)
@@ -194,17 +194,17 @@ def _looks(mask: Tensor, window: int = 0) -> Tensor:
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask, int window=0) -> Tensor", tags=_TAGS)
+torch.library.define("graphfuse::is_lower_triangle", "(Tensor mask, int window) -> Tensor", tags=_TAGS)
 torch.library.define(
     "graphfuse::causal_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, float scale, str causal_kernel, "
-    "str masked_kernel, bool is_added, float absorbing_from, int window=0) -> (Tensor, Tensor)",
+    "str masked_kernel, bool is_added, float absorbing_from, int window) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 torch.library.define(
     "graphfuse::causal_attention_backward",
     "(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor mask, Tensor is_causal, Tensor out, Tensor lse, "
-    "float scale, str causal_kernel, str masked_kernel, bool is_added, float absorbing_from, int window=0) "
+    "float scale, str causal_kernel, str masked_kernel, bool is_added, float absorbing_from, int window) "
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -216,7 +216,7 @@ torch.library.register_fake("graphfuse::causal_attention_backward", _fake_backwa
 
 
 @torch.library.register_fake("graphfuse::is_lower_triangle")
-def _(mask, window=0):
+def _(mask, window):
     return torch.empty((), dtype=torch.bool, device="cpu")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from graphfuse.evaluate import CannotEvaluate, evaluate
 from graphfuse.kernels.causal_attention import is_lower_triangle
@@ -66,7 +67,7 @@ def look(
             return Unfit(reason, "make the mask once for all sequences and heads, or give is_causal=True instead")
     region = shadow.history(masks)
     leaves = [value for value in region if value.op is LEAF and value.handed is None]
-    is_static = all(isinstance(size, int) for value in region for size in value.tensor.shape)
+    is_static = not any(_reads_symbols(value) for value in region)
     device = device_of(masks[0].tensor)
     names = tuple(leaf.node.name for leaf in leaves)
     guesses = [list(_harmless(leaf, device)) for leaf in leaves]
@@ -86,7 +87,8 @@ def look(
                     return Known(depends_on, contents)
                 if may_hide_nothing and not depends_on and _hides_nothing(whole):
                     return Known((), contents, is_causal=False)
-                if may_slide and sliding is None and (window := _window(whole)):
+                # Documents of one token each look like windows of one.
+                if may_slide and sliding is None and (window := _window(whole)) > bool(depends_on):
                     sliding = Known(depends_on, contents, window=window)
     except CannotEvaluate as error:
         return Unfit(f"mask: {error}")
@@ -99,6 +101,12 @@ def look(
 
 def _hides_nothing(mask: Tensor) -> bool:
     return bool(mask.all() if mask.dtype == torch.bool else (mask == 0).all())
+
+
+def _reads_symbols(value: Value) -> bool:
+    """Whether a number goes in that may be another in another call: a size, or one that was given."""
+    numbers = [*value.tensor.shape, *tree_leaves((value.args, value.kwargs))]
+    return any(isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool) for number in numbers)
 
 
 def _window(mask: Tensor) -> int:

@@ -368,10 +368,10 @@ def looked_at(
     states = [arranged(one, plan, query) for one, plan in zip((query, key, value), plans, strict=True)]
     parts = [arranged(one, plan, query) for one, plan in zip(masks, mask_plans, strict=False)]
     mask = mask_of(parts, steps, lowest)
-    is_causal = torch.ops.graphfuse.is_lower_triangle(mask)
+    is_causal = torch.ops.graphfuse.is_lower_triangle(mask, 0)
     is_added = all(kind == "add" or number == -torch.inf for kind, number in steps)
     out, _ = torch.ops.graphfuse.causal_attention(
-        *states, mask, is_causal, scale, causal_kernel, masked_kernel, is_added, absorbing_from
+        *states, mask, is_causal, scale, causal_kernel, masked_kernel, is_added, absorbing_from, 0
     )
     found: Tensor = arranged(out, output_plan, query)
     return found

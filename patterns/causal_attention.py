@@ -58,6 +58,9 @@ def find(shadow: Shadow) -> Iterator[Match | Refusal]:
         unfit = found if isinstance(found, Unfit) else _unfit(value, mask)
         if unfit is not None:
             yield Refusal(NAME, value, unfit.reason, COVERS, unfit.hint)
+        elif isinstance(found, Known) and found.depends_on and value.args[0].tensor.dim() != 4:
+            reason = f"query: expected (B, heads, S, features), got shape {value.args[0].shape}"
+            yield Refusal(NAME, value, reason, COVERS, "unsqueeze() queries, keys and values to four dimensions")
         elif isinstance(found, Known):
             yield _match(value, mask, found)
 

@@ -81,6 +81,11 @@ def test_a_window_is_no_worse(device, dtype, groups, window):
     assert_no_worse(sliding, eager, heads(device, groups, dtype), slack=1.25)
 
 
+def test_a_window_is_causal(device):
+    with pytest.raises(ValueError, match=r"window: expected 0 where attention is not causal, got 3"):
+        attention(*heads(device), scale=0.3, window=3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("features", [64, 128, 256])
 @pytest.mark.parametrize("packed", [False, True])

@@ -56,7 +56,7 @@ def test_no_worse_than_eager(device, backend, mask, groups, dtype, layout):
     mask = mask.to(device)
     mask = mask if mask.dtype == torch.bool else mask.clamp_min(torch.finfo(dtype).min).to(dtype)
     states = heads(device, groups=groups, dtype=dtype, layout=layout)
-    inputs = (*states, mask, is_lower_triangle(mask), D**-0.5, "", "", True, LOW)
+    inputs = (*states, mask, is_lower_triangle(mask), D**-0.5, "", "", True, LOW, 0)
 
     def op(*args):
         return torch.ops.graphfuse.causal_attention(*args)[0]
@@ -73,7 +73,7 @@ def test_agrees_with_its_reference(device, mask):
     q, k, v = heads(device, dtype=torch.float64, values=24)
     mask = mask.to(device)
     flag = is_lower_triangle(mask)
-    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3, "", "", True, LOW)
+    out, lse = torch.ops.graphfuse.causal_attention(q, k, v, mask, flag, 0.3, "", "", True, LOW, 0)
     wanted_out, wanted_lse = causal_attention_reference(q, k, v, mask, flag, 0.3)
     torch.testing.assert_close((out, lse), (wanted_out, wanted_lse))
     grad = torch.randn_like(out)
@@ -159,9 +159,9 @@ def test_takes_any_length(device, length, is_causal, dtype):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_passes_opcheck(device, backend, is_causal):
-    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25, "", "", True, LOW)
+    inputs = (*heads(device), TRIANGLE.to(device), torch.tensor(is_causal), 0.25, "", "", True, LOW, 0)
     torch.library.opcheck(torch.ops.graphfuse.causal_attention, inputs)
-    torch.library.opcheck(torch.ops.graphfuse.is_lower_triangle, (TRIANGLE.to(device),))
+    torch.library.opcheck(torch.ops.graphfuse.is_lower_triangle, (TRIANGLE.to(device), 0))
 
 
 @pytest.mark.parametrize("permute", [(0, 1, 2, 3), (0, 2, 1, 3)])
@@ -184,9 +184,9 @@ def test_tells_compilers_its_strides_where_states_are_parts_of_one_tensor(device
     seen = TRIANGLE.to(device) & (torch.arange(S, device=device) >= 5)
     mask = torch.zeros(S, S, device=device).masked_fill(~seen, -1e9)
     flag = is_lower_triangle(mask)
-    out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "", True, LOW)
+    out, lse = torch.ops.graphfuse.causal_attention(*states, mask, flag, 0.25, "", "", True, LOW, 0)
     given = (*(x.detach() for x in states), mask, flag, out.detach(), lse)
-    inputs = (torch.randn_like(out), *given, 0.25, "", "", is_added, LOW)
+    inputs = (torch.randn_like(out), *given, 0.25, "", "", is_added, LOW, 0)
     torch.library.opcheck(torch.ops.graphfuse.causal_attention_backward, inputs)
 
 
@@ -200,7 +200,7 @@ def test_rows_that_see_nothing_go_by_their_mask(device, backend, low, is_added, 
     seen = (torch.arange(S, device=device) >= torch.tensor([[0], [5]], device=device))[:, None, None, :]
     mask = torch.zeros(B, 1, S, S, device=device).masked_fill(~(TRIANGLE.to(device) & seen), low)
     mask = mask + torch.zeros(S, S, device=device).masked_fill(~TRIANGLE.to(device), above)
-    inputs = (q, k, v, mask, is_lower_triangle(mask), D**-0.5, "", "", is_added, LOW)
+    inputs = (q, k, v, mask, is_lower_triangle(mask), D**-0.5, "", "", is_added, LOW, 0)
     out = torch.ops.graphfuse.causal_attention(*inputs)[0]
     scores = q @ k.repeat_interleave(2, 1).mT * D**-0.5
     scores = scores + mask if is_added else torch.where(mask == 0, scores, mask)

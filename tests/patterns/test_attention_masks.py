@@ -126,6 +126,19 @@ def test_looks_once_for_all_layers(inner, agrees, counts_calls):
         assert (calls["is_lower_triangle"], calls["causal_attention"]) == (1, 3)
 
 
+def of_width(q, k, v, width):
+    rows = torch.arange(S)
+    seen = (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < width)
+    return (q @ k.mT * 0.25).masked_fill(~seen, -1e9).softmax(-1) @ v
+
+
+def test_a_width_that_is_given_may_be_another_one_next_time(agrees):
+    compiled = graphfuse.optimize(of_width, inner="eager", dynamic=True, strict=True)
+    for width in (20, 6, 3):
+        agrees(compiled, of_width, (*inputs(), width))
+    assert graphfuse.report(compiled).counts == {"attention": 1}
+
+
 def causal(q, k, v):
     length = q.shape[2]
     scores = (q @ k.transpose(2, 3) * 0.25).masked_fill(~triangle(length), -1e9)

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import graphfuse
 from graphfuse.kernels.causal_attention import paths
-from graphfuse.patterns import causal_attention
 
 B, HEADS, GROUPS, S, D = 2, 4, 2, 9, 16
 
@@ -210,83 +210,23 @@ def test_rewrites_under_autocast_with_a_mask_to_look_at(verify):
     assert "looked at on every call, bfloat16" in report.rewritten[0].variant
 
 
-@pytest.fixture
-def slides(monkeypatch):
-    """As if there were a kernel that knows windows; the op then makes a mask."""
-    monkeypatch.setattr(causal_attention, "can_slide", lambda *states: True)
+def test_calls_past_the_dispatcher():
+    with fresh_cache():
+        compiled = graphfuse.optimize(padded, strict=True)
+        result, code = run_and_get_code(compiled, *inputs(), RIGHT)
+        _, backward = run_and_get_code(result.sum().backward)
+    for op in ("is_lower_triangle", "causal_attention", "causal_attention_backward"):
+        assert f"graphfuse.direct.{op}(" in "".join([*code, *backward])
 
 
-def window_added(q, k, v):
-    rows = torch.arange(S)
-    hidden = (rows[None, :] > rows[:, None]) | (rows[:, None] - rows[None, :] >= 4)
-    return attend(q, k, v, torch.zeros(S, S).masked_fill(hidden, torch.finfo(torch.float32).min))
+@pytest.mark.parametrize("shape", [(HEADS, S, D), (1, B, HEADS, S, D)])
+def test_refuses_other_than_four_dimensions_where_it_looks(shape, verify):
+    def fn(q, k, v, padding):
+        return F.scaled_dot_product_attention(q, k, v, torch.ones(S, S, dtype=torch.bool).tril() & padding[None, :])
 
-
-@pytest.mark.usefixtures("slides")
-@pytest.mark.parametrize("spelling", [window, window_added])
-def test_drops_the_mask_of_a_window(spelling, verify):
-    report = verify(spelling, inputs())
-    assert report.counts == {"causal_attention": 1}, report
-    assert "positions dropped, 4 seen, grouped" in report.rewritten[0].variant
-
-
-def holes(q, k, v):
-    rows = torch.arange(S)
-    distance = rows[:, None] - rows[None, :]
-    return attend(q, k, v, (distance >= 0) & (distance < 4) & (distance != 2))
-
-
-def chunks(q, k, v):
-    rows = torch.arange(S)
-    return attend(q, k, v, (rows[None, :] <= rows[:, None]) & (rows[None, :] // 4 == rows[:, None] // 4))
-
-
-def both_sides(q, k, v):
-    rows = torch.arange(S)
-    return attend(q, k, v, (rows[:, None] - rows[None, :]).abs() < 4)
-
-
-@pytest.mark.usefixtures("slides")
-@pytest.mark.parametrize("lookalike", [strictly_below, upper, holes, chunks, both_sides])
-def test_refuses_what_is_no_window(lookalike, verify):
-    report = verify(lookalike, inputs())
-    assert [site.reason for site in report.refused] == ["mask: expected the lower triangle, got another constant"]
-
-
-@pytest.mark.usefixtures("slides")
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_looks_at_masks_of_windows(dynamic, verify, agrees):
-    report = verify(padded_window, (*inputs(), torch.ones_like(RIGHT)), dynamic=dynamic)
-    assert report.counts == {"causal_attention": 1}, report
-    assert "looked at on every call, 4 seen, grouped" in report.rewritten[0].variant
-    compiled = graphfuse.optimize(padded_window, inner="eager", dynamic=dynamic, fullgraph=True, strict=True)
-    for padding, path in [(torch.ones_like(RIGHT), "causal"), (RIGHT, "masked"), (torch.ones_like(RIGHT), "causal")]:
-        before = paths.copy()
-        agrees(compiled, padded_window, (*inputs(), padding))
-        assert set(paths - before) == {path}
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_slides_on_a_gpu(dtype, is_padded):
-    """Flash attention runs in the place of a kernel that reads the mask."""
-
-    def near(q, k, v, padding):
-        rows = torch.arange(q.shape[2], device=q.device)
-        mask = (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < 100)
-        return F.scaled_dot_product_attention(q, k, v, mask & padding[:, None, None] if is_padded else mask)
-
-    states = [torch.randn(2, 4, 512, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3)]
-    padding = torch.ones(2, 512, dtype=torch.bool, device="cuda")
-    compiled = graphfuse.optimize(near, strict=True)
-    compiled(*states, padding).sum().backward()
-    with torch.profiler.profile() as found:
-        compiled(*states, padding).sum().backward()
-    names = [event.name for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    for kernel, is_called in (("flash_fwd", True), ("flash_bwd", True), ("cudnn", False), ("fmha", False)):
-        assert any(kernel in name for name in names) == is_called, names
-    assert graphfuse.report(compiled).counts == {"causal_attention": 1}
+    states = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    report = verify(fn, (*states, torch.ones(S, dtype=torch.bool)))
+    assert [site.reason for site in report.refused] == [f"query: expected (B, heads, S, features), got shape {shape}"]
 
 
 def padded_window(q, k, v, padding):

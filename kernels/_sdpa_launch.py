@@ -116,11 +116,7 @@ def backward(
             grad, q, k, v, bias, out, rows, unused, unused, 0.0, [True, True, True, False], is_causal, scale=scale
         )
     q_grad, k_grad, v_grad, *_ = grads
-    return (
-        laid_out(q_grad, query),
-        laid_out(_sum_groups(k_grad, key), key),
-        laid_out(_sum_groups(v_grad, value), value),
-    )
+    return _as_states((q_grad, k_grad, v_grad), (query, key, value))
 
 
 def _slides(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
@@ -148,11 +144,15 @@ def _backward_sliding(
         *tensors, lse, None, None, *sizes, 0.0, True, unused, unused, scale=scale, **sides
     )
     q_grad, k_grad, v_grad = (found.transpose(1, 2) for found in grads)
-    return (
-        laid_out(q_grad, query),
-        laid_out(_sum_groups(k_grad, key), key),
-        laid_out(_sum_groups(v_grad, value), value),
-    )
+    return _as_states((q_grad, k_grad, v_grad), (query, key, value))
+
+
+def _as_states(
+    grads: tuple[Tensor, Tensor, Tensor], states: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with the heads and the layout of what they are of."""
+    q_grad, k_grad, v_grad = (laid_out(_sum_groups(grad, of), of) for grad, of in zip(grads, states, strict=True))
+    return q_grad, k_grad, v_grad
 
 
 def fake_forward(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

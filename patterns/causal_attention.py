@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graphfuse.kernels._sdpa_kernel import can_slide
+from graphfuse.kernels._sdpa_kernel import MOST_FEATURES, can_slide
 from graphfuse.kernels.attention import attention
 from graphfuse.kernels.causal_attention import absorbing, paths
 from graphfuse.match import Match, Pattern, Refusal, argument, number, short
@@ -156,7 +156,7 @@ def _match(value: Value, mask: Value, known: Known) -> Match:
 
 def _takes_groups(query: Value) -> bool:
     """Whether the fast kernels for this dtype take fewer heads of keys than of queries."""
-    return query.tensor.device.type != "cuda" or (query.dtype in HALF and query.shape[-1] <= 256)
+    return query.tensor.device.type != "cuda" or (query.dtype in HALF and query.shape[-1] <= MOST_FEATURES)
 
 
 def _triangle(

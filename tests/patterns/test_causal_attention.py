@@ -39,9 +39,13 @@ def additive(q, k, v):
     return attend(q, k, v, mask.expand(B, 1, S, S))
 
 
-def wide_window(q, k, v):
+def of_width(q, k, v, width):
     rows = torch.arange(S)
-    return attend(q, k, v, (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < 4096))
+    return attend(q, k, v, (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < width))
+
+
+def wide_window(q, k, v):
+    return of_width(q, k, v, 4096)
 
 
 def one_document(q, k, v):
@@ -72,8 +76,7 @@ def test_rewrites(spelling, verify):
 
 
 def window(q, k, v):
-    rows = torch.arange(S)
-    return attend(q, k, v, (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < 4))
+    return of_width(q, k, v, 4)
 
 
 def strictly_below(q, k, v):

@@ -14,6 +14,7 @@ from tests.patterns.test_causal_attention import (
     S,
     attend,
     inputs,
+    of_width,
     padded_window,
     strictly_below,
     upper,
@@ -75,11 +76,6 @@ def test_looks_at_masks_of_windows(dynamic, verify, agrees):
         before = paths.copy()
         agrees(compiled, padded_window, (*inputs(), padding))
         assert set(paths - before) == {path}
-
-
-def of_width(q, k, v, width):
-    rows = torch.arange(S)
-    return attend(q, k, v, (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < width))
 
 
 @pytest.mark.usefixtures("slides")
